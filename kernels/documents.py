@@ -1,0 +1,84 @@
+"""Where packed documents begin and end: the one description of a packed sequence that every room shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Documents:
+    """Boundaries of B documents packed into one sequence of T tokens.
+
+    The lengths are kept on the host, so that no kernel has to read them back from the device.
+
+    Attributes:
+        lengths: length in tokens of each document, host ints, all >= 1, sum T.
+        device: where the tensors below live.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        """Describe documents of these lengths; raises ValueError on an empty or non-positive one."""
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"documents need at least one token each, got lengths {list(lengths)[:8]}")
+        self.lengths = tuple(int(n) for n in lengths)
+        self.device = torch.device(device)
+
+    @classmethod
+    def from_cu_seqlens(
+        cls, cu_seqlens: Sequence[int] | Tensor, device: torch.device | str = "cpu"
+    ) -> Documents:
+        """Build from cumulative lengths [B+1] (starting at 0); a device tensor is read back (syncs)."""
+        ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+        if len(ends) < 2 or ends[0] != 0:
+            raise ValueError(f"cu_seqlens must start at 0 and hold a document, got {ends[:8]}")
+        return cls([b - a for a, b in zip(ends[:-1], ends[1:], strict=True)], device)
+
+    def to(self, device: torch.device | str) -> Documents:
+        """Return the same boundaries with their tensors on another device."""
+        device = torch.device(device)
+        return self if device == self.device else Documents(self.lengths, device)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First token of each document, host ints, length B."""
+        out, at = [], 0
+        for n in self.lengths:
+            out.append(at)
+            at += n
+        return tuple(out)
+
+    @property
+    def total(self) -> int:
+        """T, tokens in all documents together."""
+        return self.starts[-1] + self.lengths[-1]
+
+    @property
+    def longest(self) -> int:
+        """Length in tokens of the longest document."""
+        return max(self.lengths)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """Cumulative lengths, int32 [B+1]."""
+        return torch.tensor([*self.starts, self.total], dtype=torch.int32).to(
+            self.device, non_blocking=True
+        )
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of every token in its own document, int64 [T]."""
+        return torch.cat([torch.arange(n) for n in self.lengths]).to(self.device, non_blocking=True)
+
+    @cached_property
+    def document_of(self) -> Tensor:
+        """Index of the document of every token, int64 [T]."""
+        return torch.repeat_interleave(torch.tensor(self.lengths)).to(
+            self.device, non_blocking=True
+        )
+
+    def block_counts(self, length: int, stride: int) -> tuple[int, ...]:
+        """Full overlapping blocks of `length` tokens every `stride` tokens, per document (host)."""
+        return tuple(0 if n < length else (n - length) // stride + 1 for n in self.lengths)
