@@ -1,0 +1,224 @@
+"""How far an implementation is from fp64, in units of what plain bf16 attention is off by.
+
+The yardstick is dense attention under the branches' masks, once in fp64 and once in the tensors'
+own dtype, with the selection of the implementation under test: its near ties are judged apart, by
+the importance they give away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.documents import Documents
+from kernels.nsa.naive import block_importance, selection_gap
+from kernels.nsa.spec import NsaSpec, Phi
+
+NAMES = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
+MAP_NAMES = ("phi_k.weight", "phi_k.position", "phi_v.weight", "phi_v.position")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one call: the eight tensors of NAMES, then the four of φ or none, and the rest."""
+
+    tensors: tuple[Tensor, ...]
+    docs: Documents
+    spec: NsaSpec
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of every tensor."""
+        return (*NAMES, *MAP_NAMES)[: len(self.tensors)]
+
+    def arguments(self, tensors: Sequence[Tensor] | None = None) -> tuple[object, ...]:
+        """Positional arguments of `nsa_attention`, optionally with other tensors."""
+        x = self.tensors if tensors is None else tensors
+        maps = (Phi(*x[8:10]), Phi(*x[10:12])) if len(x) > 8 else (None, None)
+        return (*x[:7], *maps, x[7], self.docs, self.spec)
+
+
+def random_case(
+    lengths: Sequence[int],
+    heads: int,
+    groups: int,
+    dim: int,
+    *,
+    value_dim: int | None = None,
+    spec: NsaSpec | None = None,
+    mean: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    seed: int = 0,
+    magnitude: float = 1.0,
+    equal: bool = False,
+) -> Case:
+    """Draw random inputs that require gradients; `equal` makes all keys alike, so scores tie."""
+    spec = NsaSpec() if spec is None else spec
+    value_dim = dim if value_dim is None else value_dim
+    docs = Documents(lengths, device)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int, std: float = 1.0) -> Tensor:
+        x = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        return (x * std).to(dtype).requires_grad_()
+
+    T = docs.total
+    q = draw(T, heads, dim, std=magnitude)
+    keys = [draw(T, groups, dim) for _ in range(3)]
+    if equal:
+        keys = [torch.ones_like(k).requires_grad_() for k in keys]
+    values = [draw(T, groups, value_dim) for _ in range(3)]
+    gates = torch.sigmoid(draw(T, heads, 3).float()).to(dtype).detach().requires_grad_()
+    maps: list[Tensor] = []
+    for width in () if mean else (dim, value_dim):
+        maps.append(draw(spec.block, width, width, std=(spec.block * width) ** -0.5 * 4))
+        maps.append(draw(spec.block, width, std=0.3))
+    pairs = [x for pair in zip(keys, values, strict=True) for x in pair]
+    return Case((q, *pairs, gates, *maps), docs, spec)
+
+
+def selection_masks(selected_TGK: Tensor, docs: Documents, spec: NsaSpec) -> list[Tensor]:
+    """Turn pack-wide block indices (-1: none) into booleans [n, G, J] per document."""
+    masks, base = [], 0
+    for start, n in zip(docs.starts, docs.lengths, strict=True):
+        own = selected_TGK[start : start + n]
+        J = spec.selection_blocks(n)
+        local = torch.where(own < 0, J, own - base).long()
+        if int(local.min()) < 0 or int(local.max()) > J:
+            raise ValueError(
+                f"a query of the document at token {start} selected a stranger's block"
+            )
+        mask = torch.zeros(n, own.shape[1], J + 1, dtype=torch.bool, device=own.device)
+        masks.append(mask.scatter_(2, local, True)[..., :J])
+        base += J
+    return masks
+
+
+def _attend(q_nHD: Tensor, k_mGD: Tensor, v_mGE: Tensor, seen_Gnm: Tensor, scale: float) -> Tensor:
+    if k_mGD.shape[0] == 0:
+        return q_nHD.new_zeros(*q_nHD.shape[:2], v_mGE.shape[2])
+    repeat = q_nHD.shape[1] // k_mGD.shape[1]
+    some = seen_Gnm.any(-1, keepdim=True)
+    q, k, v = q_nHD.transpose(0, 1), k_mGD.transpose(0, 1), v_mGE.transpose(0, 1)
+    k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
+    mask = (seen_Gnm | ~some).repeat_interleave(repeat, 0)
+    o = F.scaled_dot_product_attention(q[None], k[None], v[None], mask[None], scale=scale)[0]
+    return (o * some.repeat_interleave(repeat, 0)).transpose(0, 1)
+
+
+def _compress(x_nGD: Tensor, maps: Sequence[Tensor], spec: NsaSpec) -> Tensor:
+    if spec.compressed_blocks(x_nGD.shape[0]) == 0:
+        return x_nGD[:0]
+    blocks_NGDl = x_nGD.unfold(0, spec.block, spec.stride)
+    if not maps:
+        return blocks_NGDl.mean(-1)
+    weight_lDE, position_lD = maps
+    return torch.einsum("ngdl,lde->nge", blocks_NGDl + position_lD.mT, weight_lDE)
+
+
+def dense_reference(
+    case: Case, tensors: Sequence[Tensor], selection: Sequence[Tensor], scale: float | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """NSA as dense attention under masks, in the dtype of `tensors`, differentiable.
+
+    Returns:
+        out [T, H, DV] and, per document, the importance [n, G, J] that selection is judged by.
+    """
+    q, kc, vc, ks, vs, kw, vw, gates, *maps = tensors
+    spec = case.spec
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    G = ks.shape[1]
+    outputs, importance = [], []
+    for b, (start, n) in enumerate(zip(case.docs.starts, case.docs.lengths, strict=True)):
+        own = slice(start, start + n)
+        t = torch.arange(n, device=q.device)
+        causal = t[None] <= t[:, None]
+        k, v = _compress(kc[own], maps[:2], spec), _compress(vc[own], maps[2:], spec)
+        ends = torch.arange(k.shape[0], device=q.device) * spec.stride + spec.block - 1
+        seen = (ends[None] <= t[:, None])[None].expand(G, -1, -1)
+        chosen = selection[b].transpose(0, 1).repeat_interleave(spec.select, 2)[..., :n]
+        near = causal & (t[:, None] - t[None] < spec.window)
+        branches = (
+            _attend(q[own], k, v, seen, scale),
+            _attend(q[own], ks[own], vs[own], chosen & causal, scale),
+            _attend(q[own], kw[own], vw[own], near[None].expand(G, -1, -1), scale),
+        )
+        outputs.append(sum(gates[own, :, i, None] * o for i, o in enumerate(branches)))
+        with torch.no_grad():
+            qg = q[own].detach().unflatten(1, (G, -1))
+            scores = torch.einsum("ngrd,mgd->ngrm", qg, k.detach()) * scale
+            hidden = ~seen.transpose(0, 1)[:, :, None]
+            p = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1).nan_to_num(0.0)
+            importance.append(block_importance(p, spec))
+    return torch.cat(outputs), importance
+
+
+@dataclass(frozen=True)
+class Report:
+    """Relative errors of an implementation and of the plain dtype reference, by tensor.
+
+    Attributes:
+        errors: name to (own error, reference's error), each |x - fp64| / |fp64|.
+        gap: most importance (of at most H / G per query) that the selection gave away.
+    """
+
+    errors: dict[str, tuple[float, float]]
+    gap: float
+
+    def failures(self, factor: float = 2.0, gap: float = 0.05, floor: float = 1e-5) -> list[str]:
+        """Name every tensor off by more than `factor` times the reference's error."""
+        bad = [
+            f"{name}: error {own:.3e}, plain {plain:.3e}, allowed {factor:g} times that"
+            for name, (own, plain) in self.errors.items()
+            if not own <= max(factor * plain, floor)
+        ]
+        if not self.gap <= gap:
+            bad.append(f"selection: gives away importance {self.gap:.3e}, allowed {gap:g}")
+        return bad
+
+
+def compare(
+    case: Case, run: Callable[..., Tensor], *, scale: float | None = None, seed: int = 1
+) -> Report:
+    """Run forward and backward of `run` and of both references; see `Report`.
+
+    `run` takes the arguments of `nsa_attention` and fills `stats["selected_TGK"]`.
+    """
+    stats: dict[str, Tensor] = {}
+    out = run(*case.arguments(), scale=scale, stats=stats)
+    generator = torch.Generator(out.device).manual_seed(seed)
+    do = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
+    own = [out.detach(), *torch.autograd.grad(out, case.tensors, do)]
+    selection = selection_masks(stats["selected_TGK"], case.docs, case.spec)
+
+    def reference(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in case.tensors]
+        result, importance = dense_reference(case, leaves, selection, scale)
+        grads = torch.autograd.grad(result, leaves, do.to(dtype), allow_unused=True)
+        filled = [
+            torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)
+        ]
+        return [result.detach(), *filled], importance
+
+    truth, importance = reference(torch.float64)
+    plain, _ = reference(out.dtype)
+    # The position term of φ for keys shifts all scores of a query alike: its gradient is zero, and
+    # only its size next to the weight's gradient says anything.
+    errors = {}
+    for name, a, p, x in zip(("out", *case.names), own, plain, truth, strict=True):
+        scale_of = truth[1 + case.names.index("phi_k.weight")] if name == "phi_k.position" else x
+        norm = scale_of.norm().clamp(min=1e-30)
+        errors[name] = (
+            float((a.double() - x).norm() / norm),
+            float((p.double() - x).norm() / norm),
+        )
+    gap = max(
+        float(selection_gap(i, s, case.spec).max())
+        for i, s in zip(importance, selection, strict=True)
+    )
+    return Report(errors, gap)

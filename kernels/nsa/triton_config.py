@@ -1,0 +1,104 @@
+"""Tile sizes of the NSA kernels: a fixed table, so that two runs always do the same arithmetic."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """BM rows of queries by BN keys, warps per program, software pipeline stages."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class KernelConfigs:
+    """The tiles of every kernel for one head dimension.
+
+    For the selected kernels BM counts rows (queries of a piece times heads of the group) and BN is
+    not used: the keys are one selected block. `piece_*` are the queries that one program serves.
+    """
+
+    interval_forward: TileConfig
+    grad_q: TileConfig
+    grad_kv: TileConfig
+    window_grad_kv: TileConfig
+    score: TileConfig
+    selected_forward: TileConfig
+    selected_backward: TileConfig
+    piece_forward: int
+    piece_backward: int
+    combine_rows: int
+    top_k_rows: int
+    score_chunk: int
+    partial_rows: int
+
+
+_HOPPER_128 = KernelConfigs(
+    interval_forward=TileConfig(128, 128, 8, 2),
+    grad_q=TileConfig(128, 64, 8, 3),
+    grad_kv=TileConfig(64, 128, 8, 2),
+    window_grad_kv=TileConfig(64, 128, 8, 2),
+    score=TileConfig(128, 128, 8, 2),
+    selected_forward=TileConfig(128, 64, 4, 3),
+    selected_backward=TileConfig(128, 64, 8, 2),
+    piece_forward=64,
+    piece_backward=256,
+    combine_rows=16,
+    top_k_rows=1,
+    score_chunk=4096,
+    partial_rows=8192 * 64 * 16,
+)
+
+_HOPPER_256 = KernelConfigs(
+    interval_forward=TileConfig(128, 64, 8, 2),
+    grad_q=TileConfig(64, 64, 8, 1),
+    grad_kv=TileConfig(64, 64, 8, 1),
+    window_grad_kv=TileConfig(64, 64, 8, 1),
+    score=TileConfig(64, 64, 4, 2),
+    selected_forward=TileConfig(64, 64, 4, 2),
+    selected_backward=TileConfig(64, 64, 8, 1),
+    piece_forward=64,
+    piece_backward=256,
+    combine_rows=16,
+    top_k_rows=1,
+    score_chunk=4096,
+    partial_rows=8192 * 64 * 16,
+)
+
+_INTERPRETER = KernelConfigs(
+    interval_forward=TileConfig(32, 16, 1, 1),
+    grad_q=TileConfig(32, 16, 1, 1),
+    grad_kv=TileConfig(16, 32, 1, 1),
+    window_grad_kv=TileConfig(32, 16, 1, 1),
+    score=TileConfig(32, 16, 1, 1),
+    selected_forward=TileConfig(32, 64, 1, 1),
+    selected_backward=TileConfig(32, 64, 1, 1),
+    piece_forward=16,
+    piece_backward=24,
+    combine_rows=32,
+    top_k_rows=32,
+    score_chunk=96,
+    partial_rows=64 * 4 * 4,
+)
+
+
+def pow2(n: int) -> int:
+    """Smallest power of two that is at least n and at least 16, the narrowest side of a tl.dot."""
+    return max(16, int(triton.next_power_of_2(n)))
+
+
+def kernel_configs(head_dim: int) -> KernelConfigs:
+    """Return the tiles for this (larger of the) head dimension(s)."""
+    if INTERPRETED:
+        return _INTERPRETER
+    return _HOPPER_128 if head_dim <= 128 else _HOPPER_256

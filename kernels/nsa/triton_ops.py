@@ -1,0 +1,222 @@
+"""The NSA kernels as two custom operators, so that torch.compile and checkpointing see black boxes.
+
+`tiny_onn::nsa_forward` saves branch outputs, log-sum-exps, the compressed keys and values and the
+selection; `tiny_onn::nsa_backward` starts from those. Neither reads anything back to the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.nsa.spec import NsaSpec
+from kernels.nsa.triton_compress import compress, compress_backward
+from kernels.nsa.triton_config import KernelConfigs, kernel_configs
+from kernels.nsa.triton_delta import branch_deltas
+from kernels.nsa.triton_interval import interval_forward, interval_grad_kv, interval_grad_q
+from kernels.nsa.triton_layout import PackedLayout
+from kernels.nsa.triton_select import BlockLists, block_lists, select_blocks
+from kernels.nsa.triton_selected import selected_backward, selected_forward
+
+SPEC_FIELDS = ("block", "stride", "select", "selected", "initial", "local", "window")
+
+
+def _unpack(
+    layout: list[Tensor], counts: list[int], sizes: list[int]
+) -> tuple[PackedLayout, NsaSpec]:
+    return PackedLayout(*layout, *counts), NsaSpec(**dict(zip(SPEC_FIELDS, sizes, strict=True)))
+
+
+def _chunk_tokens(T: int, H: int, spec: NsaSpec, configs: KernelConfigs) -> int:
+    """Tokens whose selected partials are held at once: a multiple of 128, at least 128."""
+    return min(T, max(1, configs.partial_rows // (H * spec.selected) // 128) * 128)
+
+
+@torch.library.custom_op("tiny_onn::nsa_forward", mutates_args=())
+def nsa_forward(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    phi_k_weight: Tensor | None,
+    phi_k_position: Tensor | None,
+    phi_v_weight: Tensor | None,
+    phi_v_position: Tensor | None,
+    gates: Tensor,
+    layout_tensors: list[Tensor],
+    layout_counts: list[int],
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    """Return out, the branches' o, lse [2, H, T], lse [T, H], k and v compressed, selected, CSR."""
+    layout, spec = _unpack(layout_tensors, layout_counts, sizes)
+    T, H, D = q.shape
+    G, DV = v_slc.shape[1:]
+    configs = kernel_configs(max(D, DV))
+    kc = compress(k_cmp, phi_k_weight, phi_k_position, layout, spec)
+    vc = compress(v_cmp, phi_v_weight, phi_v_position, layout, spec)
+    lse = torch.empty(2, H, T, dtype=torch.float32, device=q.device)
+    tile = configs.interval_forward
+    compressed = interval_forward(
+        q, kc, vc, layout.tokens[2], layout.tokens[3], lse[0], scale, tile
+    )
+    window = interval_forward(
+        q, k_win, v_win, layout.window[0], layout.window[1], lse[1], scale, tile
+    )
+    selected = select_blocks(q, kc, lse[0], layout, spec, scale, configs)
+    lists = block_lists(selected, layout.n_blocks, _chunk_tokens(T, H, spec, configs))
+    out, slc, lse_slc = selected_forward(
+        q, k_slc, v_slc, gates, compressed, window, selected, lists, layout, spec, scale, configs
+    )
+    return [
+        out, compressed, slc, window, lse, lse_slc, kc, vc, selected, lists.order, lists.bounds
+    ]  # fmt: skip
+
+
+@nsa_forward.register_fake
+def _(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    phi_k_weight: Tensor | None,
+    phi_k_position: Tensor | None,
+    phi_v_weight: Tensor | None,
+    phi_v_position: Tensor | None,
+    gates: Tensor,
+    layout_tensors: list[Tensor],
+    layout_counts: list[int],
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    T, H, D = q.shape
+    G, DV = v_slc.shape[1:]
+    spec = NsaSpec(**dict(zip(SPEC_FIELDS, sizes, strict=True)))
+    chunk = _chunk_tokens(T, H, spec, kernel_configs(max(D, DV)))
+    n_blocks, n_slots = layout_counts[:2]
+    lists = -(-T // chunk) * G * n_blocks
+    f32, i32 = torch.float32, torch.int32
+    o = [q.new_empty(T, H, DV) for _ in range(4)]
+    return [
+        *o,
+        q.new_empty(2, H, T, dtype=f32),
+        q.new_empty(T, H, dtype=f32),
+        k_cmp.new_empty(n_slots, G, D),
+        v_cmp.new_empty(n_slots, G, DV),
+        q.new_empty(T, G, spec.selected, dtype=i32),
+        q.new_empty(T * G * spec.selected, dtype=i32),
+        q.new_empty(lists + 1, dtype=i32),
+    ]
+
+
+@torch.library.custom_op("tiny_onn::nsa_backward", mutates_args=())
+def nsa_backward(
+    do: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    phi_k_weight: Tensor | None,
+    phi_k_position: Tensor | None,
+    phi_v_weight: Tensor | None,
+    phi_v_position: Tensor | None,
+    gates: Tensor,
+    saved: list[Tensor],
+    layout_tensors: list[Tensor],
+    layout_counts: list[int],
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    """Return gradients of q, the six k and v, the gates, then of the φ that were given."""
+    layout, spec = _unpack(layout_tensors, layout_counts, sizes)
+    T, H, D = q.shape
+    DV = v_slc.shape[2]
+    configs = kernel_configs(max(D, DV))
+    compressed, slc, window, lse, lse_slc, kc, vc, selected, order, bounds = saved
+    chunk = _chunk_tokens(T, H, spec, configs)
+    lists = BlockLists(order, bounds, chunk, -(-T // chunk))
+    do = do.contiguous()
+    delta, gate, delta_slc, gate_slc, dgates = branch_deltas(
+        do, compressed, slc, window, gates, configs
+    )
+    dq = torch.empty_like(q)
+    dk_slc, dv_slc = selected_backward(
+        dq, q, k_slc, v_slc, do, lse_slc, delta_slc, gate_slc, selected, lists, layout, spec,
+        scale, configs,
+    )  # fmt: skip
+    token, seen = layout.tokens, layout.window
+    interval_grad_q(
+        dq, q, do, (kc, vc, token[2], token[3]), (k_win, v_win, seen[0], seen[1]),
+        lse, delta, gate, scale, configs.grad_q, add=True,
+    )  # fmt: skip
+    dk_win, dv_win = interval_grad_kv(
+        q, k_win, v_win, do, lse[1], delta[1], gate[1], seen[2], seen[3], scale,
+        configs.window_grad_kv, splits=1,
+    )  # fmt: skip
+    dkc, dvc = interval_grad_kv(
+        q, kc, vc, do, lse[0], delta[0], gate[0], layout.slots[2], layout.slots[3], scale,
+        configs.grad_kv, splits=H // k_slc.shape[1],
+    )  # fmt: skip
+    dk_cmp, *dphi_k = compress_backward(dkc, k_cmp, phi_k_weight, phi_k_position, layout, spec)
+    dv_cmp, *dphi_v = compress_backward(dvc, v_cmp, phi_v_weight, phi_v_position, layout, spec)
+    maps = [g for g in (*dphi_k, *dphi_v) if g is not None]
+    return [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates, *maps]
+
+
+@nsa_backward.register_fake
+def _(
+    do: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    phi_k_weight: Tensor | None,
+    phi_k_position: Tensor | None,
+    phi_v_weight: Tensor | None,
+    phi_v_position: Tensor | None,
+    gates: Tensor,
+    saved: list[Tensor],
+    layout_tensors: list[Tensor],
+    layout_counts: list[int],
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    given = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    maps = (phi_k_weight, phi_k_position, phi_v_weight, phi_v_position)
+    return [x.new_empty(x.shape) for x in (*given, *maps) if x is not None]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *tensors, layout_tensors, ctx.counts, ctx.sizes, ctx.scale = inputs
+    ctx.n_saved = len(output) - 1
+    ctx.save_for_backward(*tensors, *output[1:], *layout_tensors)
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    everything = ctx.saved_tensors
+    inputs = everything[:12]
+    saved = list(everything[12 : 12 + ctx.n_saved])
+    layout_tensors = list(everything[12 + ctx.n_saved :])
+    result = nsa_backward(
+        grads[0], *inputs, saved, layout_tensors, ctx.counts, ctx.sizes, ctx.scale
+    )
+    maps = iter(result[8:])
+    dphi = [None if p is None else next(maps) for p in inputs[7:11]]
+    return (*result[:7], *dphi, result[7], [None] * len(layout_tensors), None, None, None)
+
+
+nsa_forward.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,301 @@
+"""Choosing the selected blocks: importance from the compressed branch, top-k, lists per block.
+
+The scores are recomputed from the saved log-sum-exp tile by tile, summed over the heads of the
+group in registers, folded to selected blocks (eq. 9) and ranked one chunk of queries at a time:
+no T x T / 64 buffer exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.nsa.spec import NsaSpec
+from kernels.nsa.triton_config import KernelConfigs, pow2
+from kernels.nsa.triton_interval import LOG2_E
+from kernels.nsa.triton_layout import PackedLayout
+
+
+@triton.jit
+def importance_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    own_ptr,
+    next_ptr,
+    low_ptr,
+    high_ptr,
+    scale_log2,
+    T,
+    chunk,
+    chunk_end,
+    NB,
+    NC,
+    stride_qt,
+    stride_qh,
+    stride_kn,
+    stride_kg,
+    G: tl.constexpr,
+    HG: tl.constexpr,
+    RATIO: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Fold a tile of probabilities, summed over the group's heads, to selected blocks.
+
+    own[t, g, j] is what block j earns from its own slots, next[t, g, j] what its last slot adds to
+    block j + 1, because compressed blocks of two strides straddle selected blocks.
+    """
+    group = tl.program_id(2)
+    first = chunk + tl.program_id(1) * BM
+    last = tl.minimum(first + BM, chunk_end) - 1
+    n0 = tl.program_id(0) * BN
+    start = tl.load(low_ptr + first)
+    stop = tl.load(high_ptr + last)
+    if (n0 < stop) & (n0 + BN > start):
+        rows = first + tl.arange(0, BM)
+        inside = rows < chunk_end
+        n = n0 + tl.arange(0, BN)
+        d = tl.arange(0, BD)
+        k = tl.load(
+            k_ptr
+            + group.to(tl.int64) * stride_kg
+            + n.to(tl.int64)[:, None] * stride_kn
+            + d[None, :],
+            mask=(n < NC)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        q_at = q_ptr + rows.to(tl.int64)[:, None] * stride_qt + group * HG * stride_qh + d[None, :]
+        head = group.to(tl.int64) * HG
+        acc = tl.zeros((BM, BN), tl.float32)
+        for h in range(HG):
+            q = tl.load(q_at + h * stride_qh, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+            lse = tl.load(lse_ptr + (head + h) * T + rows, mask=inside, other=0.0)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            acc += tl.exp2(s * scale_log2 - lse[:, None])
+        low = tl.load(low_ptr + rows, mask=inside, other=0)
+        high = tl.load(high_ptr + rows, mask=inside, other=0)
+        visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
+        acc = tl.where(visible, acc, 0.0)
+        by_block = tl.reshape(acc, (BM, BN // RATIO, RATIO))
+        whole = tl.sum(by_block, 2)
+        j = n0 // RATIO + tl.arange(0, BN // RATIO)
+        out = ((rows - chunk).to(tl.int64)[:, None] * G + group) * NB + j[None, :]
+        mask = inside[:, None] & (j < NB)[None, :]
+        if OVERLAP:
+            r = tl.arange(0, RATIO)[None, None, :]
+            final = tl.sum(tl.where(r == RATIO - 1, by_block, 0.0), 2)
+            tl.store(own_ptr + out, 2.0 * whole - final, mask=mask)
+            tl.store(next_ptr + out, final, mask=mask)
+        else:
+            tl.store(own_ptr + out, whole, mask=mask)
+
+
+@triton.jit
+def top_k_kernel(
+    own_ptr,
+    next_ptr,
+    selected_ptr,
+    token_ptr,
+    T,
+    chunk,
+    chunk_end,
+    NB,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    SELECT: tl.constexpr,
+    RATIO: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BJ: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """selected[t, g, :] = pack-wide indices of the K best blocks, best first, then -1.
+
+    Ranks the bits of the non-negative scores as integers; ties go to the lowest index.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < (chunk_end - chunk) * G
+    t = chunk + row // G
+    position = t - tl.load(token_ptr + t, mask=inside, other=0)
+    base = tl.load(token_ptr + T + t, mask=inside, other=0)
+    high = tl.load(token_ptr + 3 * T + t, mask=inside, other=0)
+    current = position // SELECT
+    j = tl.arange(0, BJ)
+    block = base[:, None] + j[None, :]
+    allowed = inside[:, None] & (j[None, :] <= current[:, None])
+    at = row.to(tl.int64)[:, None] * NB + block
+    score = tl.load(own_ptr + at, mask=allowed & (block * RATIO < high[:, None]), other=0.0)
+    if OVERLAP:
+        earlier = (j[None, :] > 0) & ((block - 1) * RATIO < high[:, None])
+        score += tl.load(next_ptr + at - 1, mask=allowed & earlier, other=0.0)
+    forced = (j[None, :] < INITIAL) | (j[None, :] > current[:, None] - LOCAL)
+    rank = tl.where(forced, 0x7FFFFFFF, score.to(tl.int32, bitcast=True))
+    rank = tl.where(allowed, rank, -1)
+    slot = tl.arange(0, BK)
+    chosen = tl.full((ROWS, BK), -1, tl.int32)
+    for i in range(K):
+        best = tl.max(rank, 1)
+        winner = tl.min(tl.where(rank == best[:, None], j[None, :], BJ), 1)
+        rank = tl.where(j[None, :] == winner[:, None], -1, rank)
+        found = tl.where(best >= 0, base + winner, -1)
+        chosen = tl.where(slot[None, :] == i, found[:, None], chosen)
+    out = (t.to(tl.int64) * G + row % G)[:, None] * K + slot[None, :]
+    tl.store(selected_ptr + out, chosen, mask=inside[:, None] & (slot < K)[None, :])
+
+
+def select_blocks(
+    q_THD: Tensor,
+    k_NGD: Tensor,
+    lse_HT: Tensor,
+    layout: PackedLayout,
+    spec: NsaSpec,
+    scale: float,
+    configs: KernelConfigs,
+) -> Tensor:
+    """Return int32 [T, G, K]: pack-wide indices of each query's selected blocks, -1 where none.
+
+    Args:
+        q_THD: queries.
+        k_NGD: compressed keys [NC, G, D].
+        lse_HT: base-2 log-sum-exp of the compressed branch.
+        layout: of the documents.
+        spec: the sizes.
+        scale: of the scores.
+        configs: the tiles.
+    """
+    T, H, D = q_THD.shape
+    G = k_NGD.shape[1]
+    tile = configs.score
+    ratio = spec.select // spec.stride
+    overlap = spec.block > spec.stride
+    selected = torch.empty(T, G, spec.selected, dtype=torch.int32, device=q_THD.device)
+    rows = min(T, configs.score_chunk)
+    shape = (2 if overlap else 1, rows, G, layout.n_blocks)
+    scratch = torch.empty(shape, dtype=torch.float32, device=q_THD.device)
+    for chunk in range(0, T, rows):
+        end = min(T, chunk + rows)
+        # Blocks are dealt from the start of the pack, so later ones cannot belong to this chunk.
+        reach = min(layout.n_slots, ratio * (triton.cdiv(end, spec.select) + layout.extra_blocks))
+        importance_kernel[(triton.cdiv(reach, tile.BN), triton.cdiv(end - chunk, tile.BM), G)](
+            q_THD,
+            k_NGD,
+            lse_HT,
+            scratch[0],
+            scratch[-1],
+            layout.tokens[2],
+            layout.tokens[3],
+            scale * LOG2_E,
+            T,
+            chunk,
+            end,
+            layout.n_blocks,
+            layout.n_slots,
+            q_THD.stride(0),
+            q_THD.stride(1),
+            k_NGD.stride(0),
+            k_NGD.stride(1),
+            G=G,
+            HG=H // G,
+            RATIO=ratio,
+            OVERLAP=overlap,
+            D=D,
+            BD=pow2(D),
+            BM=tile.BM,
+            BN=tile.BN,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        width = min(layout.longest_blocks, triton.cdiv(end, spec.select))
+        top_k_kernel[(triton.cdiv((end - chunk) * G, configs.top_k_rows),)](
+            scratch[0],
+            scratch[-1],
+            selected,
+            layout.tokens,
+            T,
+            chunk,
+            end,
+            layout.n_blocks,
+            G=G,
+            K=spec.selected,
+            BK=pow2(spec.selected),
+            SELECT=spec.select,
+            RATIO=ratio,
+            OVERLAP=overlap,
+            INITIAL=spec.initial,
+            LOCAL=spec.local,
+            BJ=pow2(width),
+            ROWS=configs.top_k_rows,
+            num_warps=1,
+        )
+    return selected
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """For every list (chunk of tokens, group, block) the queries that selected the block.
+
+    Attributes:
+        order: int32 [T * G * K], entries (t * G + g) * K + slot, by list, each in token order.
+        bounds: int32 [lists + 1], where each list starts in `order`.
+        chunk_tokens: tokens per chunk. n_chunks: how many.
+    """
+
+    order: Tensor
+    bounds: Tensor
+    chunk_tokens: int
+    n_chunks: int
+
+
+def block_lists(selected_TGK: Tensor, n_blocks: int, chunk_tokens: int) -> BlockLists:
+    """Sort the selection by block: a stable CSR, so that sums over queries have a fixed order."""
+    T, G, K = selected_TGK.shape
+    n_chunks = -(-T // chunk_tokens)
+    lists = n_chunks * G * n_blocks
+    device = selected_TGK.device
+    chunk = torch.arange(T, device=device, dtype=torch.int32) // chunk_tokens
+    group = torch.arange(G, device=device, dtype=torch.int32)
+    key = (chunk[:, None] * G + group)[:, :, None] * n_blocks + selected_TGK
+    key = torch.where(selected_TGK < 0, lists, key).flatten()
+    ordered, order = torch.sort(key, stable=True)
+    edges = torch.arange(lists + 1, device=device, dtype=torch.int32)
+    bounds = torch.searchsorted(ordered, edges, out_int32=True)
+    return BlockLists(order.to(torch.int32), bounds, chunk_tokens, n_chunks)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Lists cut into pieces of at most `size` queries, one program each, so that hot blocks split.
+
+    Attributes:
+        owner: int32 [most], the list of each piece; beyond the last piece, garbage in range.
+        first: int32 [lists + 1], first piece of each list.
+        most_per_chunk: host bound on the pieces of a chunk: surplus programs leave at once.
+    """
+
+    owner: Tensor
+    first: Tensor
+    size: int
+    most_per_chunk: int
+
+
+def cut_pieces(lists: BlockLists, groups: int, n_blocks: int, slots: int, size: int) -> Pieces:
+    """Cut every list into pieces of at most `size` queries without reading anything back."""
+    counts = lists.bounds[1:] - lists.bounds[:-1]
+    first = torch.zeros_like(lists.bounds)
+    torch.cumsum((counts + size - 1) // size, 0, dtype=torch.int32, out=first[1:])
+    entries = min(lists.order.numel(), lists.chunk_tokens * groups * slots)
+    most_per_chunk = entries // size + min(groups * n_blocks, entries)
+    total = lists.order.numel() // size + min(counts.numel(), lists.order.numel())
+    ids = torch.arange(total, device=first.device, dtype=torch.int32)
+    owner = torch.searchsorted(first[1:], ids, right=True, out_int32=True)
+    return Pieces(owner.clamp_(max=counts.numel() - 1), first, size, most_per_chunk)

@@ -1,0 +1,550 @@
+"""Attention to the selected blocks, one program per block and piece of its list of queries.
+
+The block's keys and values stay on chip while the queries that chose it pass by, all heads of the
+group together: a (query, block) pair moves one row of q and one partial output instead of the
+whole block. Partials of a chunk of queries are merged by their log-sum-exp in slot order, and the
+merge also gates and adds the three branches. Everything is a sum in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.nsa.spec import NsaSpec
+from kernels.nsa.triton_config import KernelConfigs, pow2
+from kernels.nsa.triton_interval import LOG2_E
+from kernels.nsa.triton_layout import PackedLayout
+from kernels.nsa.triton_select import BlockLists, cut_pieces
+
+
+@triton.jit
+def _load_rows(ptr, at, d, ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    if BLOCK == WIDTH:
+        return tl.load(ptr + at[:, None] + d[None, :], mask=ok[:, None], other=0.0)
+    return tl.load(
+        ptr + at[:, None] + d[None, :], mask=ok[:, None] & (d < WIDTH)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def selected_forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    part_ptr,
+    part_lse_ptr,
+    order_ptr,
+    bounds_ptr,
+    owner_ptr,
+    first_ptr,
+    block_ptr,
+    scale_log2,
+    list0,
+    NB,
+    token0,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kg,
+    stride_vt,
+    stride_vg,
+    G: tl.constexpr,
+    HG: tl.constexpr,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,
+    SELECT: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Partial output of every (query, slot) of one piece, normalised, with its log-sum-exp."""
+    piece = tl.load(first_ptr + list0) + tl.program_id(0)
+    if piece < tl.load(first_ptr + list0 + G * NB):
+        owner = tl.load(owner_ptr + piece)
+        begin = tl.load(bounds_ptr + owner) + (piece - tl.load(first_ptr + owner)) * SIZE
+        end = tl.minimum(begin + SIZE, tl.load(bounds_ptr + owner + 1))
+        group = ((owner - list0) // NB).to(tl.int64)
+        block = (owner - list0) % NB
+        key0 = tl.load(block_ptr + block)
+        key_end = tl.load(block_ptr + NB + block)
+        key = key0 + tl.arange(0, SELECT)
+        d = tl.arange(0, BD)
+        dv = tl.arange(0, BDV)
+        own = key < key_end
+        wide = key.to(tl.int64)
+        k = _load_rows(k_ptr + group * stride_kg, wide * stride_kt, d, own, D, BD)
+        v = _load_rows(v_ptr + group * stride_vg, wide * stride_vt, dv, own, DV, BDV)
+        kt = tl.trans(k)
+        r = tl.arange(0, BM)
+        for i in range(begin, end, BM // HG):
+            e = i + r // HG
+            ok = e < end
+            entry = tl.load(order_ptr + e, mask=ok, other=0)
+            t = entry // (G * K)
+            head = group * HG + r % HG
+            q = _load_rows(q_ptr, t.to(tl.int64) * stride_qt + head * stride_qh, d, ok, D, BD)
+            s = tl.dot(q, kt, input_precision="ieee") * scale_log2
+            s = tl.where(key[None, :] <= t[:, None], s, float("-inf"))
+            s = tl.where(own[None, :], s, float("-inf"))
+            # Rows beyond the piece may see nothing.
+            high = tl.maximum(tl.max(s, 1), -1e30)
+            p = tl.exp2(s - high[:, None])
+            total = tl.maximum(tl.sum(p, 1), 1e-30)
+            o = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
+            row = (entry - token0 * (G * K)).to(tl.int64) * HG + r % HG
+            tl.store(part_lse_ptr + row, high + tl.log2(total), mask=ok)
+            tl.store(
+                part_ptr + row[:, None] * DV + dv[None, :],
+                o.to(part_ptr.dtype.element_ty),
+                mask=ok[:, None] & (dv < DV)[None, :],
+            )
+
+
+@triton.jit
+def merge_forward_kernel(
+    part_ptr,
+    part_lse_ptr,
+    selected_ptr,
+    gates_ptr,
+    compressed_ptr,
+    window_ptr,
+    slc_ptr,
+    lse_ptr,
+    out_ptr,
+    token0,
+    token_end,
+    G: tl.constexpr,
+    HG: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    DV: tl.constexpr,
+    BDV: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Merge a query's partials, then out = gated sum of the three branches. Rows are (t, head)."""
+    local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = local < (token_end - token0) * (G * HG)
+    t = local // (G * HG)
+    head = local % (G * HG)
+    group = head // HG
+    pair = (t * G + group).to(tl.int64)
+    wide_row = tl.cast(token0, tl.int64) * (G * HG) + local
+    wide_pair = tl.cast(token0, tl.int64) * G + pair
+    slot = tl.arange(0, BK)
+    chosen = tl.load(
+        selected_ptr + wide_pair[:, None] * K + slot[None, :],
+        mask=inside[:, None] & (slot < K)[None, :],
+        other=-1,
+    )
+    lse = tl.load(
+        part_lse_ptr + (pair[:, None] * K + slot[None, :]) * HG + (head % HG)[:, None],
+        mask=chosen >= 0,
+        other=float("-inf"),
+    )
+    high = tl.maximum(tl.max(lse, 1), -1e30)
+    weight = tl.exp2(lse - high[:, None])
+    total = tl.maximum(tl.sum(weight, 1), 1e-30)
+    weight = weight / total[:, None]
+    dv = tl.arange(0, BDV)
+    acc = tl.zeros((ROWS, BDV), tl.float32)
+    for i in range(K):
+        pick = slot[None, :] == i
+        w = tl.sum(tl.where(pick, weight, 0.0), 1)
+        some = tl.sum(tl.where(pick & (chosen >= 0), 1, 0), 1) > 0
+        at = (pair * K + i) * HG + head % HG
+        part = tl.load(
+            part_ptr + at[:, None] * DV + dv[None, :],
+            mask=some[:, None] & (dv < DV)[None, :],
+            other=0.0,
+        )
+        acc += w[:, None] * part.to(tl.float32)
+    at = wide_row[:, None] * DV + dv[None, :]
+    mask = inside[:, None] & (dv < DV)[None, :]
+    g0 = tl.load(gates_ptr + wide_row * 3, mask=inside, other=0.0).to(tl.float32)
+    g1 = tl.load(gates_ptr + wide_row * 3 + 1, mask=inside, other=0.0).to(tl.float32)
+    g2 = tl.load(gates_ptr + wide_row * 3 + 2, mask=inside, other=0.0).to(tl.float32)
+    compressed = tl.load(compressed_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    window = tl.load(window_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    out = g0[:, None] * compressed + g1[:, None] * acc + g2[:, None] * window
+    tl.store(slc_ptr + at, acc.to(slc_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + wide_row, high + tl.log2(total), mask=inside)
+
+
+@triton.jit
+def selected_backward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    gate_ptr,
+    part_ptr,
+    dk_ptr,
+    dv_ptr,
+    order_ptr,
+    bounds_ptr,
+    owner_ptr,
+    first_ptr,
+    block_ptr,
+    scale,
+    scale_log2,
+    list0,
+    NB,
+    token0,
+    stride_qt,
+    stride_qh,
+    stride_dt,
+    stride_dh,
+    stride_kt,
+    stride_kg,
+    stride_vt,
+    stride_vg,
+    G: tl.constexpr,
+    HG: tl.constexpr,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,
+    SELECT: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """One pass over a piece: its fp32 share of dk and dv, and dq of every (query, slot)."""
+    number = tl.program_id(0)
+    piece = tl.load(first_ptr + list0) + number
+    if piece < tl.load(first_ptr + list0 + G * NB):
+        owner = tl.load(owner_ptr + piece)
+        begin = tl.load(bounds_ptr + owner) + (piece - tl.load(first_ptr + owner)) * SIZE
+        end = tl.minimum(begin + SIZE, tl.load(bounds_ptr + owner + 1))
+        group = ((owner - list0) // NB).to(tl.int64)
+        block = (owner - list0) % NB
+        key0 = tl.load(block_ptr + block)
+        key_end = tl.load(block_ptr + NB + block)
+        key = key0 + tl.arange(0, SELECT)
+        d = tl.arange(0, BD)
+        f = tl.arange(0, BDV)
+        own = key < key_end
+        wide = key.to(tl.int64)
+        k = _load_rows(k_ptr + group * stride_kg, wide * stride_kt, d, own, D, BD)
+        v = _load_rows(v_ptr + group * stride_vg, wide * stride_vt, f, own, DV, BDV)
+        dk = tl.zeros((SELECT, BD), tl.float32)
+        dv = tl.zeros((SELECT, BDV), tl.float32)
+        r = tl.arange(0, BM)
+        for i in range(begin, end, BM // HG):
+            e = i + r // HG
+            ok = e < end
+            entry = tl.load(order_ptr + e, mask=ok, other=0)
+            t = entry // (G * K)
+            head = group * HG + r % HG
+            q = _load_rows(q_ptr, t.to(tl.int64) * stride_qt + head * stride_qh, d, ok, D, BD)
+            do = _load_rows(do_ptr, t.to(tl.int64) * stride_dt + head * stride_dh, f, ok, DV, BDV)
+            at = t * (G * HG) + head
+            lse = tl.load(lse_ptr + at, mask=ok, other=0.0)
+            delta = tl.load(delta_ptr + at, mask=ok, other=0.0)
+            gate = tl.load(gate_ptr + at, mask=ok, other=0.0)
+            st = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+            visible = (key[:, None] <= t[None, :]) & own[:, None] & ok[None, :]
+            pt = tl.where(visible, tl.exp2(st - lse[None, :]) * gate[None, :], 0.0)
+            dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")
+            dpt = tl.dot(v, tl.trans(do), input_precision="ieee")
+            dst = (pt * (dpt - delta[None, :])).to(q.dtype)
+            dk = tl.dot(dst, q, dk, input_precision="ieee")
+            # Transposed, dst would be the register operand of the product: Triton 3.4 to 3.7 were
+            # seen to get that wrong on Hopper. As the right operand it passes shared memory.
+            dqt = tl.dot(tl.trans(k), dst, input_precision="ieee")
+            row = (entry - token0 * (G * K)).to(tl.int64) * HG + r % HG
+            tl.store(
+                part_ptr + row[:, None] * D + d[None, :],
+                (tl.trans(dqt) * scale).to(part_ptr.dtype.element_ty),
+                mask=ok[:, None] & (d < D)[None, :],
+            )
+        row = number.to(tl.int64) * SELECT + tl.arange(0, SELECT)
+        tl.store(dk_ptr + row[:, None] * D + d[None, :], dk * scale, mask=(d < D)[None, :])
+        tl.store(dv_ptr + row[:, None] * DV + f[None, :], dv, mask=(f < DV)[None, :])
+
+
+@triton.jit
+def merge_grad_q_kernel(
+    part_ptr,
+    selected_ptr,
+    dq_ptr,
+    token0,
+    token_end,
+    G: tl.constexpr,
+    HG: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """dq[t, h] = sum of its slots' partials, in slot order."""
+    local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = local < (token_end - token0) * (G * HG)
+    head = local % (G * HG)
+    pair = (local // (G * HG) * G + head // HG).to(tl.int64)
+    wide_pair = tl.cast(token0, tl.int64) * G + pair
+    d = tl.arange(0, BD)
+    acc = tl.zeros((ROWS, BD), tl.float32)
+    for i in range(K):
+        some = tl.load(selected_ptr + wide_pair * K + i, mask=inside, other=-1) >= 0
+        at = (pair * K + i) * HG + head % HG
+        acc += tl.load(
+            part_ptr + at[:, None] * D + d[None, :],
+            mask=some[:, None] & (d < D)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+    wide_row = tl.cast(token0, tl.int64) * (G * HG) + local
+    tl.store(
+        dq_ptr + wide_row[:, None] * D + d[None, :],
+        acc.to(dq_ptr.dtype.element_ty),
+        mask=inside[:, None] & (d < D)[None, :],
+    )
+
+
+@triton.jit
+def merge_grad_kv_kernel(
+    part_ptr,
+    sum_ptr,
+    out_ptr,
+    first_ptr,
+    block_ptr,
+    list0,
+    NB,
+    G: tl.constexpr,
+    SELECT: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    RESUME: tl.constexpr,
+    FINISH: tl.constexpr,
+):
+    """Add the pieces of one block, in order, to what earlier chunks of queries left."""
+    block = tl.program_id(0)
+    group = tl.program_id(1)
+    owner = list0 + group * NB + block
+    base = tl.load(first_ptr + list0)
+    low = tl.load(first_ptr + owner) - base
+    high = tl.load(first_ptr + owner + 1) - base
+    key = tl.load(block_ptr + block) + tl.arange(0, SELECT)
+    own = key < tl.load(block_ptr + NB + block)
+    d = tl.arange(0, BD)
+    at = (key.to(tl.int64)[:, None] * G + group) * D + d[None, :]
+    mask = own[:, None] & (d < D)[None, :]
+    if RESUME:
+        acc = tl.load(sum_ptr + at, mask=mask, other=0.0)
+    else:
+        acc = tl.zeros((SELECT, BD), tl.float32)
+    for piece in range(low, high):
+        row = (piece + tl.zeros((SELECT,), tl.int64)) * SELECT + tl.arange(0, SELECT)
+        acc += tl.load(part_ptr + row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+    if FINISH:
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(sum_ptr + at, acc, mask=mask)
+
+
+def selected_forward(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    gates_TH3: Tensor,
+    compressed_THD: Tensor,
+    window_THD: Tensor,
+    selected_TGK: Tensor,
+    lists: BlockLists,
+    layout: PackedLayout,
+    spec: NsaSpec,
+    scale: float,
+    configs: KernelConfigs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gated sum of all branches, the selected branch's output and its lse [T, H]."""
+    T, H, D = q_THD.shape
+    G, DV = v_TGD.shape[1:]
+    HG, K, tile = H // G, spec.selected, configs.selected_forward
+    pieces = cut_pieces(lists, G, layout.n_blocks, K, configs.piece_forward)
+    entries = min(T, lists.chunk_tokens) * H * K
+    part = q_THD.new_empty(entries, DV)
+    part_lse = torch.empty(entries, dtype=torch.float32, device=q_THD.device)
+    out, slc = q_THD.new_empty(T, H, DV), q_THD.new_empty(T, H, DV)
+    lse = torch.empty(T, H, dtype=torch.float32, device=q_THD.device)
+    BM = max(tile.BM, HG)
+    for c in range(lists.n_chunks):
+        token0, list0 = c * lists.chunk_tokens, c * G * layout.n_blocks
+        end = min(T, token0 + lists.chunk_tokens)
+        selected_forward_kernel[(pieces.most_per_chunk,)](
+            q_THD,
+            k_TGD,
+            v_TGD,
+            part,
+            part_lse,
+            lists.order,
+            lists.bounds,
+            pieces.owner,
+            pieces.first,
+            layout.blocks,
+            scale * LOG2_E,
+            list0,
+            layout.n_blocks,
+            token0,
+            q_THD.stride(0),
+            q_THD.stride(1),
+            k_TGD.stride(0),
+            k_TGD.stride(1),
+            v_TGD.stride(0),
+            v_TGD.stride(1),
+            G=G,
+            HG=HG,
+            K=K,
+            SIZE=pieces.size,
+            SELECT=spec.select,
+            D=D,
+            DV=DV,
+            BD=pow2(D),
+            BDV=pow2(DV),
+            BM=BM,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        merge_forward_kernel[(triton.cdiv((end - token0) * H, configs.combine_rows),)](
+            part,
+            part_lse,
+            selected_TGK,
+            gates_TH3,
+            compressed_THD,
+            window_THD,
+            slc,
+            lse,
+            out,
+            token0,
+            end,
+            G=G,
+            HG=HG,
+            K=K,
+            BK=pow2(K),
+            DV=DV,
+            BDV=pow2(DV),
+            ROWS=configs.combine_rows,
+            num_warps=4,
+        )
+    return out, slc, lse
+
+
+def selected_backward(
+    dq_THD: Tensor,
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    do_THD: Tensor,
+    lse_TH: Tensor,
+    delta_TH: Tensor,
+    gate_TH: Tensor,
+    selected_TGK: Tensor,
+    lists: BlockLists,
+    layout: PackedLayout,
+    spec: NsaSpec,
+    scale: float,
+    configs: KernelConfigs,
+) -> tuple[Tensor, Tensor]:
+    """Write the selected branch's dq into dq_THD; return dk [T, G, D] and dv [T, G, DV]."""
+    T, H, D = q_THD.shape
+    G, DV = v_TGD.shape[1:]
+    HG, K, tile = H // G, spec.selected, configs.selected_backward
+    NB, SELECT = layout.n_blocks, spec.select
+    pieces = cut_pieces(lists, G, NB, K, configs.piece_backward)
+    device = q_THD.device
+    part = q_THD.new_empty(min(T, lists.chunk_tokens) * H * K, D)
+    f32 = torch.float32
+    dk_part = torch.empty(pieces.most_per_chunk, SELECT, D, dtype=f32, device=device)
+    dv_part = torch.empty(pieces.most_per_chunk, SELECT, DV, dtype=f32, device=device)
+    dk, dv = k_TGD.new_empty(T, G, D), v_TGD.new_empty(T, G, DV)
+    many = lists.n_chunks > 1
+    dk_sum = torch.empty(dk.shape, dtype=f32, device=device) if many else dk
+    dv_sum = torch.empty(dv.shape, dtype=f32, device=device) if many else dv
+    BM = max(tile.BM, HG)
+    for c in range(lists.n_chunks):
+        token0, list0 = c * lists.chunk_tokens, c * G * NB
+        end = min(T, token0 + lists.chunk_tokens)
+        selected_backward_kernel[(pieces.most_per_chunk,)](
+            q_THD,
+            k_TGD,
+            v_TGD,
+            do_THD,
+            lse_TH,
+            delta_TH,
+            gate_TH,
+            part,
+            dk_part,
+            dv_part,
+            lists.order,
+            lists.bounds,
+            pieces.owner,
+            pieces.first,
+            layout.blocks,
+            scale,
+            scale * LOG2_E,
+            list0,
+            NB,
+            token0,
+            q_THD.stride(0),
+            q_THD.stride(1),
+            do_THD.stride(0),
+            do_THD.stride(1),
+            k_TGD.stride(0),
+            k_TGD.stride(1),
+            v_TGD.stride(0),
+            v_TGD.stride(1),
+            G=G,
+            HG=HG,
+            K=K,
+            SIZE=pieces.size,
+            SELECT=SELECT,
+            D=D,
+            DV=DV,
+            BD=pow2(D),
+            BDV=pow2(DV),
+            BM=BM,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        merge_grad_q_kernel[(triton.cdiv((end - token0) * H, configs.combine_rows),)](
+            part,
+            selected_TGK,
+            dq_THD,
+            token0,
+            end,
+            G=G,
+            HG=HG,
+            K=K,
+            D=D,
+            BD=pow2(D),
+            ROWS=configs.combine_rows,
+            num_warps=4,
+        )
+        for source, total, result, width in (
+            (dk_part, dk_sum, dk, D),
+            (dv_part, dv_sum, dv, DV),
+        ):
+            merge_grad_kv_kernel[(NB, G)](
+                source,
+                total,
+                result,
+                pieces.first,
+                layout.blocks,
+                list0,
+                NB,
+                G=G,
+                SELECT=SELECT,
+                D=width,
+                BD=pow2(width),
+                RESUME=c > 0,
+                FINISH=c == lists.n_chunks - 1,
+                num_warps=4,
+            )
+    return dk, dv
