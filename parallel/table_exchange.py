@@ -1,0 +1,181 @@
+"""How rows reach the ranks that need them: unique ids go to their owners, rows come back.
+
+Rows are dealt by id modulo the world size; the owner keeps id at local index id // world. A batch's
+unique ids are grouped by owner, and its rows keep that order, so that neither rows nor gradients
+are permuted on the way. Every collective here runs on the calling thread in program order: tables
+share the job's process group with everything else, and ranks that issue the same calls cannot
+cross.
+
+Shapes: T tokens, U unique ids of this rank, R rows asked of this rank by all ranks (in rank order),
+N distinct rows among them, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.rows import RowIndex, row_index, segment_sum, unique_ids
+from parallel.mesh import Mesh
+from parallel.table_layout import TableError
+
+REFUSED = -1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who sends which rows to whom, for one batch.
+
+    Attributes:
+        unique: U, rows that this rank receives.
+        send_counts: rows that this rank asks of each owner, sum U.
+        receive_counts: rows that each rank asks of this one, sum R.
+        wanted_N: distinct local rows asked of this rank, sorted, int64 on the host.
+        asked: which of the N each of the R asked rows is; None when they are the same (one rank).
+    """
+
+    unique: int
+    send_counts: list[int]
+    receive_counts: list[int]
+    wanted_N: Tensor
+    asked: RowIndex | None
+
+
+class Exchange:
+    """The collectives of one table."""
+
+    def __init__(self, name: str, rows: int, mesh: Mesh) -> None:
+        """Exchange rows of the table `name` with ids 0 <= id < `rows`."""
+        self.name = name
+        self.rows = rows
+        self.mesh = mesh
+
+    @property
+    def local_rows(self) -> int:
+        """Rows that this rank owns."""
+        return len(range(self.mesh.rank, self.rows, self.mesh.world))
+
+    def plan(self, ids_T: Tensor) -> tuple[Plan, RowIndex]:
+        """Agree on who needs which rows. A collective call.
+
+        Args:
+            ids_T: this rank's token ids, int64 [T]; on the host, or the device is waited for.
+
+        Returns:
+            The plan, and which of the U received rows each token uses (on the mesh's device).
+
+        Raises:
+            TableError: an id outside the table, here or on another rank.
+        """
+        ids_T = ids_T.detach().reshape(-1).to("cpu", torch.int64)
+        refusal = self._refusal(ids_T)
+        world = self.mesh.world
+        if refusal is not None:
+            self._all_to_all_counts([REFUSED] * world)
+            raise TableError(refusal)
+        unique_U, inverse_T = unique_ids(ids_T)
+        unique = unique_U.shape[0]
+        if world == 1:
+            index = row_index(inverse_T, unique)
+            return Plan(unique, [unique], [unique], unique_U, None), index.to(self.mesh.device)
+        owner_U, by_owner_U = torch.sort(unique_U % world, stable=True)
+        place_U = torch.empty_like(by_owner_U)
+        place_U[by_owner_U] = torch.arange(unique)
+        index = row_index(place_U[inverse_T], unique)
+        send_counts = torch.bincount(owner_U, minlength=world).tolist()
+        receive_counts = self._all_to_all_counts(send_counts)
+        if REFUSED in receive_counts:
+            raise TableError(
+                f"table {self.name!r}: rank {receive_counts.index(REFUSED)} refused its batch; "
+                "its own message names the id"
+            )
+        asked_R = torch.empty(sum(receive_counts), dtype=torch.int64)
+        dist.all_to_all_single(asked_R, unique_U[by_owner_U] // world, receive_counts, send_counts)
+        wanted_N, asked = unique_ids(asked_R)
+        return (
+            Plan(
+                unique,
+                send_counts,
+                receive_counts,
+                wanted_N,
+                row_index(asked, wanted_N.shape[0]).to(self.mesh.device),
+            ),
+            index.to(self.mesh.device),
+        )
+
+    def deliver(self, plan: Plan, rows_NW: Tensor) -> Tensor:
+        """Hand the wanted rows to those who asked; return this rank's [U, W]. A collective call.
+
+        Args:
+            plan: of this batch.
+            rows_NW: the rows `plan.wanted_N`, in transport type, on any device.
+        """
+        rows_NW = rows_NW.to(self.mesh.device, non_blocking=True)
+        if plan.asked is None:
+            return rows_NW
+        sent_RW = rows_NW.index_select(0, plan.asked.inverse_T)
+        rows_UW = rows_NW.new_empty(plan.unique, rows_NW.shape[1])
+        dist.all_to_all_single(rows_UW, sent_RW, plan.send_counts, plan.receive_counts)
+        return rows_UW
+
+    def collect(self, plan: Plan, grad_UW: Tensor) -> Tensor:
+        """Bring gradients to the owners and average them over ranks. A collective call.
+
+        Contributions to a row are added in rank order, in fp32, and divided by the world size, as
+        ZeRO averages dense gradients.
+
+        Args:
+            plan: of this batch.
+            grad_UW: gradient of this rank's rows, in transport type, on the mesh's device.
+
+        Returns:
+            Gradients of `plan.wanted_N`, fp32 [N, W], on the mesh's device.
+        """
+        if plan.asked is None:
+            return grad_UW.float()
+        received_RW = grad_UW.new_empty(sum(plan.receive_counts), grad_UW.shape[1])
+        dist.all_to_all_single(
+            received_RW, grad_UW.contiguous(), plan.receive_counts, plan.send_counts
+        )
+        return segment_sum(received_RW, plan.asked, dtype=torch.float32).div_(self.mesh.world)
+
+    def add_up(self, value: Tensor) -> Tensor:
+        """Return the sum over ranks of fp64 0-dim values, added in rank order: alike everywhere."""
+        if self.mesh.world == 1:
+            return value.cpu()
+        values = [torch.empty(1, dtype=torch.float64) for _ in range(self.mesh.world)]
+        dist.all_gather(values, value.reshape(1).to("cpu", torch.float64))
+        return torch.cat(values).sum()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every rank's `value` (small, picklable), in rank order. A collective call."""
+        if self.mesh.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.mesh.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def _refusal(self, ids_T: Tensor) -> str | None:
+        if ids_T.numel() == 0:
+            return f"table {self.name!r}: the batch of rank {self.mesh.rank} has no ids"
+        low, high = (int(bound) for bound in torch.aminmax(ids_T))
+        if low >= 0 and high < self.rows:
+            return None
+        position = int(((ids_T < 0) | (ids_T >= self.rows)).nonzero()[0])
+        return (
+            f"table {self.name!r}: id {int(ids_T[position])} at position {position} of rank "
+            f"{self.mesh.rank}'s batch is outside 0..{self.rows - 1}; the data was tokenised with "
+            "another vocabulary than the model's vocab_size"
+        )
+
+    def _all_to_all_counts(self, counts: Sequence[int]) -> list[int]:
+        if self.mesh.world == 1:
+            return list(counts)
+        received = torch.empty(self.mesh.world, dtype=torch.int64)
+        dist.all_to_all_single(received, torch.tensor(counts, dtype=torch.int64))
+        return received.tolist()

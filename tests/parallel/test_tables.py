@@ -1,0 +1,262 @@
+"""Row tables equal a dense table, at any number of ranks, and repeat bit for bit."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.rows import gather_rows
+from parallel.table_layout import TableConfig
+from parallel.table_optim import GradientSum
+from parallel.tables import RowTable
+from tests.parallel.table_runs import (
+    SINGLE,
+    Result,
+    Run,
+    batch_ids,
+    dense_reference,
+    make_table,
+    run_all,
+    train,
+    train_one,
+    whole,
+)
+from tests.ranks import run_ranks
+
+OPTIMIZERS = ["adam", "adam_rowwise", "adagrad_rowwise"]
+PLAIN = Run(accumulation=2, steps=8)
+AHEAD = [replace(PLAIN, prefetch=when) for when in ("within", "before_step", "after_step")]
+LOW = replace(PLAIN, dtype=torch.bfloat16)
+
+
+def assert_same_bits(ours: list[Result], others: list[Result]) -> None:
+    for a, b in zip(ours, others, strict=True):
+        assert a.losses == b.losses
+        assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def runs(request):
+    """The same run plain, with every way of prefetching, and in bf16, at 1 and 2 ranks."""
+    return request.param, run_all([PLAIN, *AHEAD, LOW], request.param)
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 3), (2, 3), (4, 1)])
+def test_losses_and_rows_equal_the_dense_reference(world, accumulation):
+    decay = 0.1 if accumulation == 3 else 0.0
+    cases = [
+        Run(TableConfig(optimizer=name, weight_decay=decay), accumulation=accumulation)
+        for name in OPTIMIZERS
+    ]
+    cases.append(replace(cases[1], groups=3))
+    for run, results in zip(cases, run_all(cases, world), strict=True):
+        losses, weight = dense_reference(run, world)
+        got = torch.tensor([result.losses for result in results])
+        torch.testing.assert_close(got, torch.tensor(losses), rtol=2e-5, atol=2e-6)
+        state = whole([result.state for result in results])
+        assert torch.equal(state["ids"], torch.arange(run.rows))
+        torch.testing.assert_close(state["weight"], weight, rtol=1e-4, atol=2e-6)
+        assert float(weight.abs().max()) > 0.1
+
+
+def test_adam_is_torch_adam_bit_for_bit_when_every_row_is_touched():
+    run = Run(TableConfig(optimizer="adam"), all_ids=True, data_world=1)
+    state = train_one(SINGLE, run).state
+    weight = torch.nn.Parameter(torch.zeros(run.rows, run.width))
+    adam = torch.optim.Adam(
+        [weight], lr=run.lr, betas=run.cfg.betas, eps=run.cfg.eps, foreach=False
+    )
+    for step in range(run.steps):
+        ids = batch_ids(run, step, 0, SINGLE)
+        run.loss(1 + weight[ids], ids).backward()
+        norm = torch.linalg.vector_norm(weight.grad, dim=1).double().square().sum().sqrt()
+        weight.grad *= min(1.0, run.clip / float(norm))
+        adam.step()
+        adam.zero_grad()
+    assert torch.equal(state["weight"], weight.detach())
+
+
+def test_same_world_size_repeats_bit_for_bit(runs):
+    world, (plain, *_) = runs
+    assert_same_bits(plain, run_all([PLAIN], world)[0])
+
+
+def test_prefetching_changes_no_bit(runs):
+    _, (plain, *ahead, _) = runs
+    for results in ahead:
+        assert_same_bits(plain, results)
+        assert all(result.stats["prefetch_hits"] > 0 for result in results)
+
+
+def test_bf16_transport_stays_near_fp32_and_keeps_fp32_rows(runs):
+    _, (plain, *_, low) = runs
+    for a, b in zip(plain, low, strict=True):
+        assert b.state["weight"].dtype == torch.float32
+        torch.testing.assert_close(
+            torch.tensor(b.losses), torch.tensor(a.losses), rtol=2e-2, atol=2e-2
+        )
+        assert b.stats["row_bytes"] * 2 == a.stats["row_bytes"]
+
+
+def resume(mesh, run, shards):
+    table = make_table(mesh, run)
+    table.load_shards(iter(shards))
+    loaded = {name: value.clone() for name, value in table.local_state().items()}
+    pieces = list(table.state_chunks(500))
+    assert len(pieces) > 3
+    losses = train(mesh, run, table, first=run.steps, last=run.steps + 4)
+    return losses, loaded, {name: value.clone() for name, value in table.local_state().items()}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_saved_rows_load_bit_for_bit_on_one_rank_and_continue(optimizer):
+    run = Run(TableConfig(optimizer=optimizer), steps=5)
+    straight = train_one(SINGLE, replace(run, steps=9))
+    losses, _, state = resume(SINGLE, run, [train_one(SINGLE, run).state])
+    assert losses == straight.losses[5:]
+    assert all(torch.equal(state[name], straight.state[name]) for name in state)
+
+
+def test_rows_saved_by_two_ranks_load_on_one_and_on_four(runs):
+    world, (plain, *_) = runs
+    shards = [result.state for result in plain]
+    saved = whole(shards)
+    for others in (1, 4) if world == 2 else (2,):
+        results = (
+            [resume(SINGLE, PLAIN, shards)]
+            if others == 1
+            else run_ranks(resume, others, PLAIN, shards)
+        )
+        loaded = whole([result[1] for result in results])
+        assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+        # The rows of the same global batch; only the order of summation differs.
+        ours = whole([result[2] for result in results])["weight"]
+        again = resume(SINGLE, PLAIN, shards)[2]["weight"]
+        torch.testing.assert_close(ours, again, rtol=1e-4, atol=1e-5)
+
+
+def test_row_updated_between_prefetch_and_fetch_is_read_again():
+    table = make_table(SINGLE, Run())
+    ids = torch.tensor([3, 5, 5, 8])
+    rows = table.fetch(ids)
+    table.prefetch(torch.tensor([5, 7, 8]))
+    rows.values_UW.sum().backward()
+    table.accumulate(rows)
+    table.step(0.1)
+    ahead = table.fetch(torch.tensor([5, 7, 8])).values_UW
+    assert table._counts["prefetch_hits"] == 3
+    assert bool((ahead[0] != 0).all()) and bool((ahead[2] != 0).all())
+    assert bool((ahead[1] == 0).all())
+    assert torch.equal(ahead, table.fetch(torch.tensor([5, 7, 8])).values_UW)
+
+
+def test_partly_prefetched_batch_takes_the_rest_from_the_tier():
+    table = make_table(SINGLE, Run())
+    state = {
+        name: torch.randn_like(value)
+        for name, value in table.local_state().items()
+        if name != "ids"
+    }
+    table.load_local_state({"ids": torch.arange(97), **state})
+    table.prefetch(torch.tensor([1, 4]))
+    table.prefetch(torch.tensor([4, 9, 11]))
+    rows = table.fetch(torch.tensor([9, 1, 2, 60]))
+    assert torch.equal(rows.values_UW[rows.inverse_T], state["weight"][[9, 1, 2, 60]])
+    assert (table._counts["prefetch_hits"], table._counts["prefetch_misses"]) == (2, 2)
+
+
+def fetch_lopsided(mesh, run):
+    # A table of fewer rows than ranks leaves two ranks without any.
+    assert len(train_one(mesh, Run(rows=2, steps=2)).state["ids"]) == (mesh.rank < 2)
+    table = make_table(mesh, run)
+    # Rank 0 has one id, owned by the last rank; the others ask only for rows of rank 0.
+    ids = torch.tensor([mesh.world - 1] * 3) if mesh.rank == 0 else torch.tensor([0, mesh.world])
+    for _ in range(3):
+        rows = table.fetch(ids)
+        loss = run.loss(1 + gather_rows(rows.values_UW, rows.lookup), ids)
+        loss.backward()
+        table.accumulate(rows)
+        table.grad_sq_norm()
+        table.step(0.1)
+    return {name: value.clone() for name, value in table.local_state().items()}
+
+
+def test_ranks_that_own_no_row_of_the_batch_keep_step():
+    state = whole(run_ranks(fetch_lopsided, 4, Run()))
+    touched = (state["weight"] != 0).any(dim=1).nonzero()[:, 0]
+    assert touched.tolist() == [0, 3, 4]
+    assert state["steps"][touched].flatten().tolist() == [3, 3, 3]
+
+
+def test_skip_leaves_every_row_as_it_is():
+    run = Run()
+    table = make_table(SINGLE, run)
+    train(SINGLE, run, table, last=3)
+    before = {name: value.clone() for name, value in table.local_state().items()}
+    ids = batch_ids(run, 3, 0, SINGLE)
+    rows = table.fetch(ids)
+    (rows.values_UW * float("nan")).sum().backward()
+    table.accumulate(rows)
+    assert not torch.isfinite(table.grad_sq_norm())
+    table.skip()
+    assert all(torch.equal(before[n], value) for n, value in table.local_state().items())
+    train(SINGLE, run, table, first=3)
+    uninterrupted = train_one(SINGLE, run).state
+    assert all(torch.equal(uninterrupted[n], v) for n, v in table.local_state().items())
+
+
+def test_activation_checkpointing_fetches_nothing_twice():
+    run = Run(steps=1)
+    table = make_table(SINGLE, run)
+    ids = batch_ids(run, 0, 0, SINGLE)
+    rows = table.fetch(ids)
+    fetched = dict(table._counts)
+
+    def forward(values, lookup):
+        return run.loss(1 + gather_rows(values, lookup), ids)
+
+    torch.utils.checkpoint.checkpoint(
+        forward, rows.values_UW, rows.lookup, use_reentrant=False
+    ).backward()
+    assert table._counts == fetched
+    plain = table.fetch(ids)
+    forward(plain.values_UW, plain.lookup).backward()
+    assert torch.equal(rows.values_UW.grad, plain.values_UW.grad)
+
+
+def test_fp32_transport_ignores_the_compute_type():
+    table = make_table(SINGLE, Run(TableConfig(transport="fp32"), dtype=torch.bfloat16))
+    assert table.fetch(torch.tensor([1])).values_UW.dtype == torch.float32
+
+
+def test_gradients_of_micro_batches_add_in_their_order():
+    total = GradientSum(2, torch.device("cpu"))
+    total.add(torch.tensor([2, 5]), torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
+    total.add(torch.tensor([2]), torch.tensor([[4.0, 4.0]]))
+    total.add(torch.tensor([1, 5]), torch.tensor([[8.0, 8.0], [16.0, 16.0]]))
+    assert total.index_N.tolist() == [1, 2, 5]
+    assert total.grad_NW[:, 0].tolist() == [8.0, 5.0, 18.0]
+
+
+def seconds_per_step(rows: int) -> float:
+    table = RowTable("t", rows, 64, SINGLE, TableConfig())
+    ids = Run(rows=4096, tokens=2048).ids(0, 0, 0)
+    best = float("inf")
+    for step in range(8):
+        start = time.perf_counter()
+        batch = table.fetch(ids)
+        gather_rows(batch.values_UW, batch.lookup).sum().backward()
+        table.accumulate(batch)
+        table.grad_sq_norm()
+        table.step(0.01)
+        table.flush()
+        if step:
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def test_cost_does_not_grow_with_the_number_of_rows():
+    small, large = seconds_per_step(8192), seconds_per_step(8192 * 16)
+    print(f"V x 16: step time x {large / small:.3f} ({small * 1e3:.2f} ms)")
+    assert large < 2.0 * small
