@@ -62,11 +62,12 @@ class RowTable:
         name: in messages, stats and checkpoints.
         rows: V.
         width: W.
-        cfg: see `TableConfig`; `cfg.lr_multiplier` is for the caller of `step`.
+        cfg: see `TableConfig`.
         layout: fields of a row.
         stats: of the last finished step on this rank: unique_rows, owned_rows (stepped here),
             id_bytes, row_bytes, grad_bytes (sent and received by this rank), prefetch_hits and
-            prefetch_misses (rows read by fetches), and what the tier counts.
+            prefetch_misses (rows read by fetches); and, since the start, what the nvme tier
+            counts: cache_hits, cache_misses, disk_read_bytes, disk_write_bytes.
     """
 
     def __init__(
@@ -194,15 +195,16 @@ class RowTable:
         """Step the rows that this step's micro-batches touched, and no others.
 
         Args:
-            lr: learning rate, `cfg.lr_multiplier` included.
+            lr: the run's learning rate; `cfg.lr_multiplier` is applied to it here.
             clip_coefficient: factor on all gradients, of the global norm's clipping.
         """
         self._require_gradient("step")
         total, clip, cfg = self._gradient, float(clip_coefficient), self.cfg
+        table_lr = lr * cfg.lr_multiplier
         refresh = self._ahead.refresher(total)
 
         def update(fields: Fields, grad_NW: Tensor) -> None:
-            update_rows(cfg, fields, grad_NW if clip == 1.0 else grad_NW * clip, lr)
+            update_rows(cfg, fields, grad_NW if clip == 1.0 else grad_NW * clip, table_lr)
 
         def work() -> None:
             step_rows(self._tier, total.index_N, total.grad_NW, update)

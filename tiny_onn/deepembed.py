@@ -95,14 +95,14 @@ class DeepEmbedScale(nn.Module):
 class DeepEmbedTable(nn.Module):
     """The table as a parameter, for stock ZeRO-3: all of [V, L*W], zero at first.
 
-    `weight` carries `no_weight_decay = True` and `lr_multiplier` for whoever groups parameters.
+    `weight` carries `no_decay = True` and `lr_multiplier` for whoever groups parameters.
     """
 
     def __init__(self, vocab_size: int, width: int, cfg: DeepEmbedConfig) -> None:
         """Hold `vocab_size` = V rows of `width` = L*W."""
         super().__init__()
         weight_VW = nn.Parameter(torch.zeros(vocab_size, width))
-        weight_VW.no_weight_decay = True  # type: ignore[attr-defined]
+        weight_VW.no_decay = True  # type: ignore[attr-defined]
         weight_VW.lr_multiplier = cfg.lr_multiplier  # type: ignore[attr-defined]
         self.weight = weight_VW
 

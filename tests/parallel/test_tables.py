@@ -46,7 +46,10 @@ def runs(request):
 def test_losses_and_rows_equal_the_dense_reference(world, accumulation):
     decay = 0.1 if accumulation == 3 else 0.0
     cases = [
-        Run(TableConfig(optimizer=name, weight_decay=decay), accumulation=accumulation)
+        Run(
+            TableConfig(optimizer=name, weight_decay=decay, lr_multiplier=1.5),
+            accumulation=accumulation,
+        )
         for name in OPTIMIZERS
     ]
     cases.append(replace(cases[1], groups=3))

@@ -97,7 +97,7 @@ def test_parameter_table_looks_up_its_rows_and_names_its_group():
     ids, _ = batch()
     values, index = table(ids)
     assert torch.equal(values[index.inverse_T], table.weight[ids])
-    assert table.weight.no_weight_decay is True
+    assert table.weight.no_decay is True
     assert table.weight.lr_multiplier == 3.0
     assert not DeepEmbedTable(4, 4, DeepEmbedConfig()).weight.detach().any()
 
