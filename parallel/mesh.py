@@ -99,11 +99,8 @@ def init_mesh(
         torch.cuda.set_device(place_device)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if place is None:
-        # Libraries that look for a launcher in the environment find this one.
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
     return Mesh(rank, world, local_rank, local_world, place_device, world // group, group)
@@ -111,8 +108,8 @@ def init_mesh(
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int, int, int] | None:
     """Return (rank, world, local rank, local world), or None when nothing launched this process."""
-    # MASTER_ADDR and MASTER_PORT alone are left behind in many shells and say nothing.
-    if not any(name in environment for name in RENDEZVOUS[:4]):
+    # The others are left behind in many shells and say nothing by themselves.
+    if not any(name in environment for name in RENDEZVOUS[:2]):
         return None
     missing = [name for name in RENDEZVOUS if not environment.get(name)]
     if missing:

@@ -53,7 +53,7 @@ def _hang(mesh: Mesh) -> None:
 
 
 def test_hang_ends_at_the_timeout() -> None:
-    with pytest.raises(RankError, match=r"ranks \[1\] not done"):
+    with pytest.raises(RankError, match=r"ranks \[.*1\] not done"):
         run_ranks(_hang, 2, timeout=15)
 
 
