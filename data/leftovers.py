@@ -1,0 +1,213 @@
+"""One run at a time owns a data set's shared memory on a host; what killed runs left is removed.
+
+mosaicml-streaming keeps segments `/dev/shm/00000N_*` and lock files `00000N_*_filelock` in the
+folder for temporary files, under the first free number N. A run that is killed leaves both; even
+one that ends well leaves the lock files. The next run then takes another number, except where the
+same local folder is used for a remote data set: there it refuses to start.
+
+A *claim* is a small file in /dev/shm that the leading rank of a host keeps locked while it lives.
+The kernel drops the lock with the process, however it ends, so an unlocked claim belongs to a dead
+run, and what it names may go:
+
+- segments under a recorded number, if `locals` is still the very file that was recorded (inode and
+  time of change), and the lock files recorded with it (by inode), once no such segment is left;
+- segments of any number that name a folder which only the holder of this claim may use.
+
+Everything must belong to this user. Nothing without a claim, of another program or another data
+set, is ever touched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+SHM = Path("/dev/shm")
+LOCK_FILES = ("barrier_filelock", "cache_filelock")
+_START_SECONDS = 30.0
+
+
+class Claim:
+    """The right of this process's run to use one data set on this host; kept until it ends.
+
+    Attributes:
+        number: 0, or higher when other live runs on this host use the same data set.
+        folder: what this run gives streaming as its local folder.
+    """
+
+    def __init__(self, file: Path, fd: int, number: int, folder: Path) -> None:
+        """See `claim`."""
+        self.number = number
+        self.folder = folder
+        self._file = file
+        self._fd = fd
+        # Registered before streaming registers its own: runs after them, when no segment is left.
+        atexit.register(self._tidy)
+
+    def record(self, prefix: int) -> None:
+        """Note under which number streaming keeps this data set.
+
+        Makes its lock files, which streaming itself makes later: from here on no other run takes
+        this number.
+        """
+        found = (SHM / f"{prefix:06}_locals").stat()
+        entry = {
+            "prefix": prefix,
+            "locals": [found.st_ino, found.st_ctime_ns],
+            "lock_files": {str(p): p.stat().st_ino for p in _make_lock_files(prefix)},
+        }
+        data = json.dumps(entry).encode()
+        os.pwrite(self._fd, data, 0)
+        os.ftruncate(self._fd, len(data))
+
+    def _tidy(self) -> None:
+        """Remove this run's lock files at its regular end; its segments are gone by then."""
+        with start_lock(5.0):
+            _remove_recorded(_read(self._fd))
+        os.ftruncate(self._fd, 0)
+        os.close(self._fd)
+
+
+def claim(folder: Path, separate: bool) -> Claim:
+    """Claim a data set for this run and remove what dead runs left of it.
+
+    Args:
+        folder: local folder of the data set.
+        separate: whether every run needs a folder of its own below `folder` (shards are fetched
+            into it) or all may read the same.
+
+    Raises:
+        OSError: /dev/shm cannot be written.
+    """
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    number = 0
+    while True:
+        file = SHM / f"tiny-onn.{os.geteuid()}.{name}.{number}"
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            number += 1
+            continue
+        own = folder / f"run{number}" if separate else folder
+        _remove_recorded(_read(fd))
+        if separate:
+            for prefix in _prefixes():
+                if _names(prefix, own):
+                    _remove_segments(prefix)
+        os.ftruncate(fd, 0)
+        return Claim(file, fd, number, own)
+
+
+def left_behind() -> list[Path]:
+    """Return what dead runs of this user left in shared memory (their next start removes it)."""
+    found: list[Path] = []
+    for file in SHM.glob(f"tiny-onn.{os.geteuid()}.*"):
+        if file.name.endswith(".start"):
+            continue
+        with suppress(OSError), file.open("r+b") as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            entry = _read(f.fileno())
+            if entry and _is_recorded(entry):
+                found += sorted(SHM.glob(f"{entry['prefix']:06}_*"))
+    return found
+
+
+@contextmanager
+def start_lock(seconds: float = _START_SECONDS) -> Iterator[None]:
+    """Keep other runs of this user from taking or freeing numbers on this host, for the block.
+
+    Two runs that look for a free number at the same moment would both take it. Waits at most
+    `seconds` and then goes on without: across several hosts two runs could wait for each other.
+    """
+    fd = os.open(SHM / f"tiny-onn.{os.geteuid()}.start", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int) -> dict[str, Any]:
+    content = os.pread(fd, 1 << 16, 0)
+    try:
+        entry = json.loads(content)
+    except ValueError:
+        # Empty (nothing was recorded), or cut short by a kill in the middle of the write.
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _is_recorded(entry: dict[str, Any]) -> bool:
+    try:
+        found = (SHM / f"{entry['prefix']:06}_locals").stat()
+    except FileNotFoundError:
+        return False
+    return bool([found.st_ino, found.st_ctime_ns] == entry["locals"])
+
+
+def _remove_recorded(entry: dict[str, Any]) -> None:
+    if not entry:
+        return
+    if _is_recorded(entry):
+        _remove_segments(entry["prefix"])
+    if any(SHM.glob(f"{entry['prefix']:06}_*")):
+        return
+    for path, inode in entry["lock_files"].items():
+        with suppress(FileNotFoundError, PermissionError):
+            if os.stat(path).st_ino == inode:
+                os.unlink(path)
+
+
+def _remove_segments(prefix: int) -> None:
+    for path in SHM.glob(f"{prefix:06}_*"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_uid == os.geteuid():
+                path.unlink()
+
+
+def _make_lock_files(prefix: int) -> list[Path]:
+    made = []
+    for name in LOCK_FILES:
+        path = Path(tempfile.gettempdir(), f"{prefix:06}_{name}")
+        # One that exists by now is someone else's.
+        with suppress(FileExistsError):
+            path.touch(0o644, exist_ok=False)
+            made.append(path)
+    return made
+
+
+def _prefixes() -> list[int]:
+    names = [p.name.split("_")[0] for p in SHM.glob("[0-9]*_locals")]
+    return [int(n) for n in names if n.isdecimal() and len(n) == 6]
+
+
+def _names(prefix: int, folder: Path) -> bool:
+    """Tell whether the segments of a number were made for a folder or for one below it."""
+    path = SHM / f"{prefix:06}_locals"
+    try:
+        if path.stat().st_uid != os.geteuid():
+            return False
+        content = path.read_bytes()
+    except (FileNotFoundError, PermissionError):
+        return False
+    size = int.from_bytes(content[:4], "little")
+    # NUL-separated folders, the last field is the number itself.
+    used = [Path(os.fsdecode(f)) for f in content[4:size].split(b"\0")[:-1]]
+    return any(u == folder or folder in u.parents for u in used)

@@ -1,0 +1,162 @@
+"""Stored samples through mosaicml-streaming, opened alike on all ranks of all hosts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from concurrent.futures import Future
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data.host import environment_rank, gather, local_world, ranks_on_host, together
+from data.index import INDEX
+from data.leftovers import Claim, claim, start_lock
+from data.stored import StoredCorpus, fetch
+from data.streaming_shim import StreamingDataset
+
+logger = logging.getLogger(__name__)
+
+
+class Samples(StreamingDataset):
+    """The samples of one split.
+
+    Attributes:
+        failure: why a background thread ended; the iteration then just stops.
+    """
+
+    failure: BaseException | None = None
+
+    def on_exception(self, future: Future[None]) -> None:
+        """Note why a downloading thread failed and stop the others."""
+        error = future.exception()
+        if error is not None:
+            self.failure = error
+            self._event.set()
+
+    @property
+    def prefix(self) -> int:
+        """Number under which streaming keeps this data set's shared memory on this host."""
+        return int(self._shm_prefix_int)
+
+    def seek(self, epoch: int, sample: int) -> None:
+        """Let the next iteration start at a sample of an epoch; on all ranks of a host alike."""
+        # Without the first line, streaming takes a position before the current one for outdated.
+        self.next_epoch = epoch
+        self.load_state_dict(
+            {
+                "epoch": epoch,
+                "sample_in_epoch": sample,
+                "num_canonical_nodes": self.num_canonical_nodes,
+                "shuffle_seed": self.shuffle_seed,
+                # Counting from one node makes the order the same for any number of nodes, also
+                # one that does not divide num_canonical_nodes.
+                "initial_physical_nodes": 1,
+            }
+        )
+
+    def stop(self) -> None:
+        """End the background threads."""
+        if hasattr(self, "_iterator"):
+            self._iterator.exit()
+        if hasattr(self, "_executor"):
+            self._executor.shutdown(wait=False)
+
+
+class Site:
+    """Where this process stands among the ranks and on its host."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        """Check the place given against torchrun's environment.
+
+        Args:
+            rank: number of this rank (or its group) among those that get different data.
+            world: how many get different data.
+
+        Raises:
+            ValueError: the two do not fit the environment.
+            RuntimeError: several ranks, and torch.distributed is not initialised.
+        """
+        self.rank, self.world = environment_rank()
+        self.replication = self.world // max(world, 1)
+        if self.replication * world != self.world or self.rank // self.replication != rank:
+            raise ValueError(
+                f"data rank {rank} of {world} does not fit rank {self.rank} of {self.world} in the "
+                f"environment (RANK, WORLD_SIZE): ranks that share data must be neighbours"
+            )
+        if self.world > 1 and not dist.is_initialized():
+            raise RuntimeError(
+                f"WORLD_SIZE is {self.world}, but torch.distributed is not initialised: call "
+                f"init_mesh() before the data is opened"
+            )
+
+    def open(
+        self, corpus: StoredCorpus, splits: list[str], verify_hashes: bool, **options: Any
+    ) -> list[Samples]:
+        """Open splits; a collective call.
+
+        Args:
+            corpus: the corpus.
+            splits: names of the splits.
+            verify_hashes: read every shard of a local corpus first.
+            options: for StreamingDataset.
+
+        Raises:
+            DataError: shards are missing or damaged.
+        """
+        host_ranks = ranks_on_host()
+        leader = self.rank - self.rank % host_ranks
+        claims: list[Claim] = []
+        with ExitStack() as stack:
+
+            def prepare() -> list[str]:
+                if self.rank != leader:
+                    return []
+                corpus.check(splits, verify_hashes)
+                stack.enter_context(start_lock())
+                claims.extend(
+                    claim(corpus.folder / split, separate=corpus.fetched) for split in splits
+                )
+                if corpus.fetched:
+                    for split, c in zip(splits, claims, strict=True):
+                        _prepare_cache(corpus, split, c.folder)
+                return [str(c.folder) for c in claims]
+
+            folders = gather(together(prepare))[leader]
+            with local_world(host_ranks):
+                opened = [
+                    Samples(
+                        local=folder,
+                        remote=corpus.shards_at(split) if corpus.fetched else None,
+                        validate_hash="sha256" if corpus.fetched else None,
+                        download_retry=4,
+                        replication=self.replication if self.replication > 1 else None,
+                        **options,
+                    )
+                    for split, folder in zip(splits, folders, strict=True)
+                ]
+            for c, samples in zip(claims, opened, strict=False):
+                c.record(samples.prefix)
+        return opened
+
+
+def _prepare_cache(corpus: StoredCorpus, split: str, folder: Path) -> None:
+    """Make a cache folder hold the split's own index and no shard of another size."""
+    path = folder / INDEX
+    expected = corpus.index.splits[split].index_sha256
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        fetch(f"{corpus.shards_at(split)}/{INDEX}", path, expected)
+    for shard in json.loads(path.read_bytes())["shards"]:
+        for info in filter(None, (shard["raw_data"], shard["zip_data"])):
+            cached = folder / info["basename"]
+            if cached.exists() and cached.stat().st_size != info["bytes"]:
+                logger.warning(
+                    "%s has %d of %d bytes: fetching it again",
+                    cached,
+                    cached.stat().st_size,
+                    info["bytes"],
+                )
+                cached.unlink()
