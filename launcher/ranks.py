@@ -274,6 +274,9 @@ def _environment(
         TINY_ONN_TRY=attempt,
         PYTHONUNBUFFERED="1",
     )
+    if place.node == local == 0 and sys.stdout.isatty():
+        # Rank 0 writes to its log, but what is copied from there to a terminal may use one.
+        environment.update(TTY_COMPATIBLE="1", COLUMNS=str(shutil.get_terminal_size().columns))
     if cfg.threads:
         environment["OMP_NUM_THREADS"] = str(cfg.threads)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
@@ -330,7 +333,8 @@ def _pass_on(number: signal.Signals, signals: _Signals, ranks: Sequence[_Rank]) 
     if signals.received.count(signal.SIGINT) > 1:
         raise KeyboardInterrupt
     again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
-    print(f"{number.name}: saving and stopping after this step{again}", file=sys.stderr, flush=True)
+    text = f"{number.name}: the ranks are to save and stop after this step{again}"
+    print(text, file=sys.stderr, flush=True)
     for rank in ranks:
         if rank.process.poll() is None:
             rank.process.send_signal(number)
@@ -339,7 +343,8 @@ def _pass_on(number: signal.Signals, signals: _Signals, ranks: Sequence[_Rank]) 
 def _failure(rank: _Rank, signals: _Signals, place: Rendezvous) -> int:
     code = rank.process.returncode
     if code < 0 and -code in signals.received:
-        print("stopped before training had begun", file=sys.stderr, flush=True)
+        name = signal.Signals(-code).name
+        print(f"{name} ended rank {rank.rank} before it could save", file=sys.stderr, flush=True)
         return 128 - code
     where = f" on node {place.node} ({socket.gethostname()})" if place.nodes > 1 else ""
     text = f"rank {rank.rank}{where} {rank.ending()}; its log: {rank.log}"
