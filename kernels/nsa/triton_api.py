@@ -57,7 +57,10 @@ def supports(
         )
     if T * G * spec.selected >= 2**31:
         return f"{T} tokens x {G} groups x {spec.selected} selected blocks overflow 32 bits"
-    if docs.device != q_THD.device:
+    if docs.device.type != q_THD.device.type or docs.device.index not in {
+        None,
+        q_THD.device.index,
+    }:
         return f"documents are on {docs.device}, tensors on {q_THD.device}: use docs.to(device)"
     return None
 

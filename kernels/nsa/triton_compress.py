@@ -20,7 +20,7 @@ from kernels.nsa.triton_layout import PackedLayout
 def compress_kernel(
     x_ptr,
     w_ptr,
-    bias_ptr,
+    position_ptr,
     out_ptr,
     slot_block_ptr,
     NC,
@@ -36,7 +36,7 @@ def compress_kernel(
     BN: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """out[n, g] = bias + sum_i x[token(n) + i, g] @ W[i]; mean pooling when MEAN; padding is 0."""
+    """out[n, g] = sum_i (x[token(n) + i, g] + pos[i]) @ W[i]; mean when MEAN; padding is 0."""
     group = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.load(slot_block_ptr + slot, mask=slot < NC, other=-1)
@@ -55,11 +55,11 @@ def compress_kernel(
                 mask=(d < D)[:, None] & (e < E)[None, :],
                 other=0.0,
             )
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+            shift = tl.load(position_ptr + i * D + d, mask=d < D, other=0.0)
+            shifted = (x.to(tl.float32) + shift.to(tl.float32)[None, :]).to(x.dtype)
+            acc = tl.dot(shifted, w, acc, input_precision="ieee")
     if MEAN:
         acc = acc / L
-    else:
-        acc += tl.load(bias_ptr + e, mask=e < E, other=0.0)[None, :]
     acc = tl.where((token >= 0)[:, None], acc, 0.0)
     out = out_ptr + group * stride_og + slot.to(tl.int64)[:, None] * stride_on + e[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(slot < NC)[:, None] & (e < E)[None, :])
@@ -121,6 +121,7 @@ def compress_grad_x_kernel(
 @triton.jit
 def compress_grad_w_kernel(
     x_ptr,
+    position_ptr,
     dout_ptr,
     dw_ptr,
     slot_block_ptr,
@@ -137,11 +138,12 @@ def compress_grad_w_kernel(
     BE: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dw[split, i] = sum of x[token(n) + i, g]^T @ dout[n, g] over this split's tiles of slots."""
+    """dw[split, i] = sum of (x[token(n) + i, g] + pos[i])^T @ dout[n, g] over the split's tiles."""
     i = tl.program_id(0)
     split = tl.program_id(1)
     d = tl.arange(0, BD)
     e = tl.arange(0, BE)
+    shift = tl.load(position_ptr + i * D + d, mask=d < D, other=0.0).to(tl.float32)
     tiles = tl.cdiv(NC, BN)
     acc = tl.zeros((BD, BE), tl.float32)
     for item in range(split, tiles * G, tl.num_programs(1)):
@@ -159,7 +161,9 @@ def compress_grad_w_kernel(
             mask=real & (e < E)[None, :],
             other=0.0,
         )
-        acc = tl.dot(tl.trans(x), g, acc, input_precision="ieee")
+        # Slots without a block have no gradient, so shifting their zeros changes nothing.
+        shifted = (x.to(tl.float32) + shift[None, :]).to(x.dtype)
+        acc = tl.dot(tl.trans(shifted), g, acc, input_precision="ieee")
     out = dw_ptr + ((split * L + i) * D + d)[:, None] * E + e[None, :]
     tl.store(out, acc, mask=(d < D)[:, None] & (e < E)[None, :])
 
@@ -183,15 +187,14 @@ def compress(
     E = D if weight_lDE is None else weight_lDE.shape[2]
     out = x_TGD.new_empty(layout.n_slots, G, E)
     if weight_lDE is None or position_lD is None:
-        weight, bias = x_TGD, x_TGD
+        weight, position = x_TGD, x_TGD
     else:
-        weight = weight_lDE.to(x_TGD.dtype).contiguous()
-        bias = torch.einsum("ld,lde->e", position_lD.float(), weight.float())
+        weight, position = weight_lDE.to(x_TGD.dtype).contiguous(), position_lD.contiguous()
     BN = 64
     compress_kernel[(triton.cdiv(layout.n_slots, BN), G)](
         x_TGD,
         weight,
-        bias,
+        position,
         out,
         layout.slots[1],
         layout.n_slots,
@@ -254,6 +257,7 @@ def compress_backward(
     partial = torch.empty(splits, spec.block, D, E, dtype=torch.float32, device=x_TGD.device)
     compress_grad_w_kernel[(spec.block, splits)](
         x_TGD,
+        position_lD.contiguous(),
         dout,
         partial,
         layout.slots[1],
@@ -269,7 +273,6 @@ def compress_backward(
         num_stages=3,
     )
     # Padding slots are seen by no query, so their gradient rows are zero and may join the sum.
-    total_E = dout_NGE.float().sum((0, 1))
-    dweight = partial.sum(0) + position_lD.float()[:, :, None] * total_E
-    dposition = weight_lDE.float() @ total_E
-    return dx, dweight.to(weight_lDE.dtype), dposition.to(position_lD.dtype)
+    total_E = dout_NGE.sum((0, 1), dtype=torch.float32)
+    dposition = (weight.flatten(0, 1) @ total_E.to(weight.dtype)).view(position_lD.shape)
+    return dx, partial.sum(0).to(weight_lDE.dtype), dposition.to(position_lD.dtype)

@@ -28,7 +28,8 @@ class KernelConfigs:
     not used: the keys are one selected block. `piece_*` are the queries that one program serves.
     """
 
-    interval_forward: TileConfig
+    forward: TileConfig
+    window_forward: TileConfig
     grad_q: TileConfig
     grad_kv: TileConfig
     window_grad_kv: TileConfig
@@ -44,13 +45,14 @@ class KernelConfigs:
 
 
 _HOPPER_128 = KernelConfigs(
-    interval_forward=TileConfig(128, 128, 8, 2),
-    grad_q=TileConfig(128, 64, 8, 3),
-    grad_kv=TileConfig(64, 128, 8, 2),
-    window_grad_kv=TileConfig(64, 128, 8, 2),
-    score=TileConfig(128, 128, 8, 2),
-    selected_forward=TileConfig(128, 64, 4, 3),
-    selected_backward=TileConfig(128, 64, 8, 2),
+    forward=TileConfig(128, 128, 8, 3),
+    window_forward=TileConfig(64, 64, 4, 3),
+    grad_q=TileConfig(64, 64, 4, 2),
+    grad_kv=TileConfig(64, 128, 8, 3),
+    window_grad_kv=TileConfig(64, 64, 4, 2),
+    score=TileConfig(64, 128, 4, 3),
+    selected_forward=TileConfig(64, 64, 4, 3),
+    selected_backward=TileConfig(32, 64, 4, 3),
     piece_forward=64,
     piece_backward=256,
     combine_rows=16,
@@ -60,7 +62,8 @@ _HOPPER_128 = KernelConfigs(
 )
 
 _HOPPER_256 = KernelConfigs(
-    interval_forward=TileConfig(128, 64, 8, 2),
+    forward=TileConfig(128, 64, 8, 2),
+    window_forward=TileConfig(128, 64, 8, 2),
     grad_q=TileConfig(64, 64, 8, 1),
     grad_kv=TileConfig(64, 64, 8, 1),
     window_grad_kv=TileConfig(64, 64, 8, 1),
@@ -76,7 +79,8 @@ _HOPPER_256 = KernelConfigs(
 )
 
 _INTERPRETER = KernelConfigs(
-    interval_forward=TileConfig(32, 16, 1, 1),
+    forward=TileConfig(32, 16, 1, 1),
+    window_forward=TileConfig(16, 32, 1, 1),
     grad_q=TileConfig(32, 16, 1, 1),
     grad_kv=TileConfig(16, 32, 1, 1),
     window_grad_kv=TileConfig(32, 16, 1, 1),

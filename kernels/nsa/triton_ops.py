@@ -29,7 +29,7 @@ def _unpack(
     return PackedLayout(*layout, *counts), NsaSpec(**dict(zip(SPEC_FIELDS, sizes, strict=True)))
 
 
-def _chunk_tokens(T: int, H: int, spec: NsaSpec, configs: KernelConfigs) -> int:
+def list_tokens(T: int, H: int, spec: NsaSpec, configs: KernelConfigs) -> int:
     """Tokens whose selected partials are held at once: a multiple of 128, at least 128."""
     return min(T, max(1, configs.partial_rows // (H * spec.selected) // 128) * 128)
 
@@ -61,15 +61,15 @@ def nsa_forward(
     kc = compress(k_cmp, phi_k_weight, phi_k_position, layout, spec)
     vc = compress(v_cmp, phi_v_weight, phi_v_position, layout, spec)
     lse = torch.empty(2, H, T, dtype=torch.float32, device=q.device)
-    tile = configs.interval_forward
     compressed = interval_forward(
-        q, kc, vc, layout.tokens[2], layout.tokens[3], lse[0], scale, tile
+        q, kc, vc, layout.tokens[2], layout.tokens[3], lse[0], scale, configs.forward
     )
     window = interval_forward(
-        q, k_win, v_win, layout.window[0], layout.window[1], lse[1], scale, tile
+        q, k_win, v_win, layout.window[0], layout.window[1], lse[1], scale, configs.window_forward
     )
-    selected = select_blocks(q, kc, lse[0], layout, spec, scale, configs)
-    lists = block_lists(selected, layout.n_blocks, _chunk_tokens(T, H, spec, configs))
+    chunk = list_tokens(T, H, spec, configs)
+    selected, keys = select_blocks(q, kc, lse[0], layout, spec, scale, chunk, configs)
+    lists = block_lists(keys, layout.n_blocks, chunk)
     out, slc, lse_slc = selected_forward(
         q, k_slc, v_slc, gates, compressed, window, selected, lists, layout, spec, scale, configs
     )
@@ -100,7 +100,7 @@ def _(
     T, H, D = q.shape
     G, DV = v_slc.shape[1:]
     spec = NsaSpec(**dict(zip(SPEC_FIELDS, sizes, strict=True)))
-    chunk = _chunk_tokens(T, H, spec, kernel_configs(max(D, DV)))
+    chunk = list_tokens(T, H, spec, kernel_configs(max(D, DV)))
     n_blocks, n_slots = layout_counts[:2]
     lists = -(-T // chunk) * G * n_blocks
     f32, i32 = torch.float32, torch.int32
@@ -144,7 +144,7 @@ def nsa_backward(
     DV = v_slc.shape[2]
     configs = kernel_configs(max(D, DV))
     compressed, slc, window, lse, lse_slc, kc, vc, selected, order, bounds = saved
-    chunk = _chunk_tokens(T, H, spec, configs)
+    chunk = list_tokens(T, H, spec, configs)
     lists = BlockLists(order, bounds, chunk, -(-T // chunk))
     do = do.contiguous()
     delta, gate, delta_slc, gate_slc, dgates = branch_deltas(

@@ -103,11 +103,14 @@ def top_k_kernel(
     own_ptr,
     next_ptr,
     selected_ptr,
+    key_ptr,
     token_ptr,
     T,
     chunk,
     chunk_end,
     NB,
+    list_tokens,
+    n_lists,
     G: tl.constexpr,
     K: tl.constexpr,
     BK: tl.constexpr,
@@ -121,7 +124,8 @@ def top_k_kernel(
 ):
     """selected[t, g, :] = pack-wide indices of the K best blocks, best first, then -1.
 
-    Ranks the bits of the non-negative scores as integers; ties go to the lowest index.
+    Ranks the bits of the non-negative scores as integers; ties go to the lowest index. key is the
+    list (chunk of list_tokens tokens, group, block) that the entry belongs to, n_lists for none.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < (chunk_end - chunk) * G
@@ -150,7 +154,10 @@ def top_k_kernel(
         found = tl.where(best >= 0, base + winner, -1)
         chosen = tl.where(slot[None, :] == i, found[:, None], chosen)
     out = (t.to(tl.int64) * G + row % G)[:, None] * K + slot[None, :]
-    tl.store(selected_ptr + out, chosen, mask=inside[:, None] & (slot < K)[None, :])
+    mask = inside[:, None] & (slot < K)[None, :]
+    tl.store(selected_ptr + out, chosen, mask=mask)
+    owner = (t // list_tokens * G + row % G)[:, None] * NB + chosen
+    tl.store(key_ptr + out, tl.where(chosen >= 0, owner, n_lists), mask=mask)
 
 
 def select_blocks(
@@ -160,9 +167,12 @@ def select_blocks(
     layout: PackedLayout,
     spec: NsaSpec,
     scale: float,
+    list_tokens: int,
     configs: KernelConfigs,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Return int32 [T, G, K]: pack-wide indices of each query's selected blocks, -1 where none.
+
+    The second tensor of the same shape holds the list of each entry, see `block_lists`.
 
     Args:
         q_THD: queries.
@@ -171,14 +181,17 @@ def select_blocks(
         layout: of the documents.
         spec: the sizes.
         scale: of the scores.
+        list_tokens: tokens per chunk of the lists.
         configs: the tiles.
     """
     T, H, D = q_THD.shape
     G = k_NGD.shape[1]
     tile = configs.score
+    n_lists = -(-T // list_tokens) * G * layout.n_blocks
     ratio = spec.select // spec.stride
     overlap = spec.block > spec.stride
     selected = torch.empty(T, G, spec.selected, dtype=torch.int32, device=q_THD.device)
+    keys = torch.empty_like(selected)
     rows = min(T, configs.score_chunk)
     shape = (2 if overlap else 1, rows, G, layout.n_blocks)
     scratch = torch.empty(shape, dtype=torch.float32, device=q_THD.device)
@@ -220,11 +233,14 @@ def select_blocks(
             scratch[0],
             scratch[-1],
             selected,
+            keys,
             layout.tokens,
             T,
             chunk,
             end,
             layout.n_blocks,
+            list_tokens,
+            n_lists,
             G=G,
             K=spec.selected,
             BK=pow2(spec.selected),
@@ -237,7 +253,7 @@ def select_blocks(
             ROWS=configs.top_k_rows,
             num_warps=1,
         )
-    return selected
+    return selected, keys
 
 
 @dataclass(frozen=True)
@@ -256,20 +272,15 @@ class BlockLists:
     n_chunks: int
 
 
-def block_lists(selected_TGK: Tensor, n_blocks: int, chunk_tokens: int) -> BlockLists:
-    """Sort the selection by block: a stable CSR, so that sums over queries have a fixed order."""
-    T, G, K = selected_TGK.shape
-    n_chunks = -(-T // chunk_tokens)
+def block_lists(keys_TGK: Tensor, n_blocks: int, list_tokens: int) -> BlockLists:
+    """Sort the entries by list: a stable CSR, so that sums over queries have a fixed order."""
+    T, G = keys_TGK.shape[:2]
+    n_chunks = -(-T // list_tokens)
     lists = n_chunks * G * n_blocks
-    device = selected_TGK.device
-    chunk = torch.arange(T, device=device, dtype=torch.int32) // chunk_tokens
-    group = torch.arange(G, device=device, dtype=torch.int32)
-    key = (chunk[:, None] * G + group)[:, :, None] * n_blocks + selected_TGK
-    key = torch.where(selected_TGK < 0, lists, key).flatten()
-    ordered, order = torch.sort(key, stable=True)
-    edges = torch.arange(lists + 1, device=device, dtype=torch.int32)
+    ordered, order = torch.sort(keys_TGK.flatten(), stable=True)
+    edges = torch.arange(lists + 1, device=keys_TGK.device, dtype=torch.int32)
     bounds = torch.searchsorted(ordered, edges, out_int32=True)
-    return BlockLists(order.to(torch.int32), bounds, chunk_tokens, n_chunks)
+    return BlockLists(order.to(torch.int32), bounds, list_tokens, n_chunks)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ def selected_forward_kernel(
                 part_ptr + row[:, None] * DV + dv[None, :],
                 o.to(part_ptr.dtype.element_ty),
                 mask=ok[:, None] & (dv < DV)[None, :],
+                cache_modifier=".cs",
             )
 
 
@@ -161,6 +162,7 @@ def merge_forward_kernel(
             part_ptr + at[:, None] * DV + dv[None, :],
             mask=some[:, None] & (dv < DV)[None, :],
             other=0.0,
+            eviction_policy="evict_first",
         )
         acc += w[:, None] * part.to(tl.float32)
     at = wide_row[:, None] * DV + dv[None, :]
@@ -186,8 +188,10 @@ def selected_backward_kernel(
     delta_ptr,
     gate_ptr,
     part_ptr,
-    dk_ptr,
-    dv_ptr,
+    dk_part_ptr,
+    dv_part_ptr,
+    dk_sum_ptr,
+    dv_sum_ptr,
     order_ptr,
     bounds_ptr,
     owner_ptr,
@@ -216,8 +220,13 @@ def selected_backward_kernel(
     BD: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
+    RESUME: tl.constexpr,
 ):
-    """One pass over a piece: its fp32 share of dk and dv, and dq of every (query, slot)."""
+    """One pass over a piece: its fp32 share of dk and dv, and dq of every (query, slot).
+
+    A list of one piece adds to the running sums itself; the pieces of a longer one are left to
+    `merge_grad_kv_kernel`.
+    """
     number = tl.program_id(0)
     piece = tl.load(first_ptr + list0) + number
     if piece < tl.load(first_ptr + list0 + G * NB):
@@ -235,6 +244,8 @@ def selected_backward_kernel(
         wide = key.to(tl.int64)
         k = _load_rows(k_ptr + group * stride_kg, wide * stride_kt, d, own, D, BD)
         v = _load_rows(v_ptr + group * stride_vg, wide * stride_vt, f, own, DV, BDV)
+        alone = tl.load(first_ptr + owner + 1) - tl.load(first_ptr + owner) == 1
+        sum_row = wide * G + group
         dk = tl.zeros((SELECT, BD), tl.float32)
         dv = tl.zeros((SELECT, BDV), tl.float32)
         r = tl.arange(0, BM)
@@ -265,10 +276,23 @@ def selected_backward_kernel(
                 part_ptr + row[:, None] * D + d[None, :],
                 (tl.trans(dqt) * scale).to(part_ptr.dtype.element_ty),
                 mask=ok[:, None] & (d < D)[None, :],
+                cache_modifier=".cs",
             )
-        row = number.to(tl.int64) * SELECT + tl.arange(0, SELECT)
-        tl.store(dk_ptr + row[:, None] * D + d[None, :], dk * scale, mask=(d < D)[None, :])
-        tl.store(dv_ptr + row[:, None] * DV + f[None, :], dv, mask=(f < DV)[None, :])
+        dk *= scale
+        if alone:
+            dk_at = dk_sum_ptr + sum_row[:, None] * D + d[None, :]
+            dv_at = dv_sum_ptr + sum_row[:, None] * DV + f[None, :]
+            dk_mask = own[:, None] & (d < D)[None, :]
+            dv_mask = own[:, None] & (f < DV)[None, :]
+            if RESUME:
+                dk += tl.load(dk_at, mask=dk_mask, other=0.0)
+                dv += tl.load(dv_at, mask=dv_mask, other=0.0)
+            tl.store(dk_at, dk, mask=dk_mask)
+            tl.store(dv_at, dv, mask=dv_mask)
+        else:
+            row = number.to(tl.int64) * SELECT + tl.arange(0, SELECT)
+            tl.store(dk_part_ptr + row[:, None] * D + d[None, :], dk, mask=(d < D)[None, :])
+            tl.store(dv_part_ptr + row[:, None] * DV + f[None, :], dv, mask=(f < DV)[None, :])
 
 
 @triton.jit
@@ -300,6 +324,7 @@ def merge_grad_q_kernel(
             part_ptr + at[:, None] * D + d[None, :],
             mask=some[:, None] & (d < D)[None, :],
             other=0.0,
+            eviction_policy="evict_first",
         ).to(tl.float32)
     wide_row = tl.cast(token0, tl.int64) * (G * HG) + local
     tl.store(
@@ -313,7 +338,6 @@ def merge_grad_q_kernel(
 def merge_grad_kv_kernel(
     part_ptr,
     sum_ptr,
-    out_ptr,
     first_ptr,
     block_ptr,
     list0,
@@ -323,9 +347,8 @@ def merge_grad_kv_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     RESUME: tl.constexpr,
-    FINISH: tl.constexpr,
 ):
-    """Add the pieces of one block, in order, to what earlier chunks of queries left."""
+    """Add the pieces of a list of several, in order, to what earlier chunks of queries left."""
     block = tl.program_id(0)
     group = tl.program_id(1)
     owner = list0 + group * NB + block
@@ -337,17 +360,19 @@ def merge_grad_kv_kernel(
     d = tl.arange(0, BD)
     at = (key.to(tl.int64)[:, None] * G + group) * D + d[None, :]
     mask = own[:, None] & (d < D)[None, :]
-    if RESUME:
-        acc = tl.load(sum_ptr + at, mask=mask, other=0.0)
-    else:
-        acc = tl.zeros((SELECT, BD), tl.float32)
-    for piece in range(low, high):
-        row = (piece + tl.zeros((SELECT,), tl.int64)) * SELECT + tl.arange(0, SELECT)
-        acc += tl.load(part_ptr + row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-    if FINISH:
-        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
+    if high - low > 1:
+        if RESUME:
+            acc = tl.load(sum_ptr + at, mask=mask, other=0.0)
+        else:
+            acc = tl.zeros((SELECT, BD), tl.float32)
+        for piece in range(low, high):
+            row = (piece + tl.zeros((SELECT,), tl.int64)) * SELECT + tl.arange(0, SELECT)
+            acc += tl.load(
+                part_ptr + row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0
+            )
         tl.store(sum_ptr + at, acc, mask=mask)
+    elif high == low and not RESUME:
+        tl.store(sum_ptr + at, tl.zeros((SELECT, BD), tl.float32), mask=mask)
 
 
 def selected_forward(
@@ -463,10 +488,8 @@ def selected_backward(
     f32 = torch.float32
     dk_part = torch.empty(pieces.most_per_chunk, SELECT, D, dtype=f32, device=device)
     dv_part = torch.empty(pieces.most_per_chunk, SELECT, DV, dtype=f32, device=device)
-    dk, dv = k_TGD.new_empty(T, G, D), v_TGD.new_empty(T, G, DV)
-    many = lists.n_chunks > 1
-    dk_sum = torch.empty(dk.shape, dtype=f32, device=device) if many else dk
-    dv_sum = torch.empty(dv.shape, dtype=f32, device=device) if many else dv
+    dk_sum = torch.empty(T, G, D, dtype=f32, device=device)
+    dv_sum = torch.empty(T, G, DV, dtype=f32, device=device)
     BM = max(tile.BM, HG)
     for c in range(lists.n_chunks):
         token0, list0 = c * lists.chunk_tokens, c * G * NB
@@ -482,6 +505,8 @@ def selected_backward(
             part,
             dk_part,
             dv_part,
+            dk_sum,
+            dv_sum,
             lists.order,
             lists.bounds,
             pieces.owner,
@@ -510,6 +535,7 @@ def selected_backward(
             BD=pow2(D),
             BDV=pow2(DV),
             BM=BM,
+            RESUME=c > 0,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -527,14 +553,10 @@ def selected_backward(
             ROWS=configs.combine_rows,
             num_warps=4,
         )
-        for source, total, result, width in (
-            (dk_part, dk_sum, dk, D),
-            (dv_part, dv_sum, dv, DV),
-        ):
+        for source, total, width in ((dk_part, dk_sum, D), (dv_part, dv_sum, DV)):
             merge_grad_kv_kernel[(NB, G)](
                 source,
                 total,
-                result,
                 pieces.first,
                 layout.blocks,
                 list0,
@@ -544,7 +566,6 @@ def selected_backward(
                 D=width,
                 BD=pow2(width),
                 RESUME=c > 0,
-                FINISH=c == lists.n_chunks - 1,
                 num_warps=4,
             )
-    return dk, dv
+    return dk_sum.to(k_TGD.dtype), dv_sum.to(v_TGD.dtype)

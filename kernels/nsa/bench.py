@@ -1,0 +1,331 @@
+"""`tiny-onn bench attention`: check NSA against fp64, and time it by stage beside dense attention.
+
+Times are medians of CUDA-event intervals; ours and dense are timed in turns in one process. The
+floor of a stage is its arithmetic (tiles of the masks' edges not counted) at the card's dense bf16
+rate; the rate is `peak_tflops` (H100 and H200 SXM: 989).
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.documents import Documents
+from kernels.nsa.spec import NsaSpec
+from kernels.nsa.triton_check import Case, compare, random_case
+
+Stage = tuple[Callable[[], Any], float]
+
+
+def visible_pairs(docs: Documents, spec: NsaSpec) -> tuple[float, float, float]:
+    """(query, key) pairs of the compressed, selected and window branch, and so their arithmetic."""
+    compressed = selected = window = 0.0
+    for n in docs.lengths:
+        t = torch.arange(n, dtype=torch.float64)
+        compressed += float(((t - spec.block + 1).div(spec.stride).floor() + 1).clamp(min=0).sum())
+        reach = t.div(spec.select).floor().clamp(max=spec.selected - 1)
+        selected += float((reach * spec.select + t % spec.select + 1).sum())
+        window += float((t + 1).clamp(max=spec.window).sum())
+    return compressed, selected, window
+
+
+def dense_pairs(docs: Documents) -> float:
+    """(query, key) pairs of causal attention over every document."""
+    return sum(n * (n + 1) / 2 for n in docs.lengths)
+
+
+def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str, Stage]]:
+    """Return the forward's and the backward's stages: name to (launch, floating-point operations).
+
+    Each launch runs alone on the outputs of one complete forward; `configs` replaces the table.
+    """
+    from kernels.nsa import triton_ops as ops
+    from kernels.nsa.triton_config import kernel_configs
+    from kernels.nsa.triton_layout import packed_layout
+
+    q, kc, vc, ks, vs, kw, vw, gates, *maps = (x.detach() for x in case.tensors)
+    T, H, D = q.shape
+    G, DV = vs.shape[1:]
+    spec, layout = case.spec, packed_layout(case.docs, case.spec)
+    configs = kernel_configs(max(D, DV)) if configs is None else configs
+    scale = D**-0.5
+    token, seen = layout.tokens, layout.window
+    maps = maps or [None] * 4  # type: ignore[list-item]
+    k = ops.compress(kc, maps[0], maps[1], layout, spec)
+    v = ops.compress(vc, maps[2], maps[3], layout, spec)
+    lse = torch.empty(2, H, T, dtype=torch.float32, device=q.device)
+
+    def interval(branch: int) -> Tensor:
+        keys, values, low, high = (
+            (k, v, token[2], token[3]) if branch == 0 else (kw, vw, seen[0], seen[1])
+        )
+        tile = configs.window_forward if branch else configs.forward
+        return ops.interval_forward(q, keys, values, low, high, lse[branch], scale, tile)
+
+    compressed, window = interval(0), interval(1)
+    chunk = ops.list_tokens(T, H, spec, configs)
+    selected, keys = ops.select_blocks(q, k, lse[0], layout, spec, scale, chunk, configs)
+    lists = ops.block_lists(keys, layout.n_blocks, chunk)
+
+    def forward_selected() -> tuple[Tensor, Tensor, Tensor]:
+        return ops.selected_forward(
+            q, ks, vs, gates, compressed, window, selected, lists, layout, spec, scale, configs
+        )
+
+    out, slc, lse_slc = forward_selected()
+    do = torch.randn_like(out)
+    delta, gate, delta_slc, gate_slc, _ = ops.branch_deltas(
+        do, compressed, slc, window, gates, configs
+    )
+    dq = torch.empty_like(q)
+
+    def grad_q(first: bool, second: bool) -> None:
+        ops.interval_grad_q(
+            dq, q, do, (k, v, token[2], token[3]), (kw, vw, seen[0], seen[1]), lse, delta, gate,
+            scale, configs.grad_q, branches=(first, second), add=True,
+        )  # fmt: skip
+
+    def grad_window() -> tuple[Tensor, Tensor]:
+        return ops.interval_grad_kv(
+            q, kw, vw, do, lse[1], delta[1], gate[1], seen[2], seen[3], scale,
+            configs.window_grad_kv, splits=1,
+        )  # fmt: skip
+
+    def grad_compressed() -> tuple[Tensor, Tensor]:
+        return ops.interval_grad_kv(
+            q, k, v, do, lse[0], delta[0], gate[0], layout.slots[2], layout.slots[3], scale,
+            configs.grad_kv, splits=H // G,
+        )  # fmt: skip
+
+    dk, dv = grad_compressed()
+
+    def compress_both() -> None:
+        ops.compress(kc, maps[0], maps[1], layout, spec)
+        ops.compress(vc, maps[2], maps[3], layout, spec)
+
+    def compress_both_backward() -> None:
+        ops.compress_backward(dk, kc, maps[0], maps[1], layout, spec)
+        ops.compress_backward(dv, vc, maps[2], maps[3], layout, spec)
+
+    pairs_c, pairs_s, pairs_w = (2.0 * H * x for x in visible_pairs(case.docs, spec))
+    phi = 2.0 * layout.n_slots * G * spec.block * (D * D + DV * DV) if maps[0] is not None else 0.0
+    forward: dict[str, Stage] = {
+        "compress": (compress_both, phi),
+        "compressed": (lambda: interval(0), pairs_c * (D + DV)),
+        "importance+topk": (
+            lambda: ops.select_blocks(q, k, lse[0], layout, spec, scale, chunk, configs),
+            pairs_c * D,
+        ),
+        "lists": (lambda: ops.block_lists(keys, layout.n_blocks, chunk), 0.0),
+        "selected+merge": (forward_selected, pairs_s * (D + DV)),
+        "window": (lambda: interval(1), pairs_w * (D + DV)),
+    }
+    backward: dict[str, Stage] = {
+        "delta": (
+            lambda: ops.branch_deltas(do, compressed, slc, window, gates, configs), 0.0
+        ),
+        "selected+merge": (
+            lambda: ops.selected_backward(
+                dq, q, ks, vs, do, lse_slc, delta_slc, gate_slc, selected, lists, layout, spec,
+                scale, configs,
+            ),
+            pairs_s * (3 * D + 2 * DV),
+        ),
+        "compressed dq": (lambda: grad_q(True, False), pairs_c * D),
+        "window dq": (lambda: grad_q(False, True), pairs_w * D),
+        "both dq": (lambda: grad_q(True, True), (pairs_c + pairs_w) * D),
+        "compressed dkv": (grad_compressed, pairs_c * (2 * D + 2 * DV)),
+        "window dkv": (grad_window, pairs_w * (2 * D + 2 * DV)),
+        "compress": (compress_both_backward, 2 * phi),
+    }  # fmt: skip
+    return forward, backward
+
+
+def milliseconds(launch: Callable[[], Any], rounds: int = 5, warmup: int = 1) -> float:
+    """Median time of one launch by CUDA events."""
+    times = []
+    for i in range(warmup + rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        launch()
+        end.record()
+        end.synchronize()
+        if i >= warmup:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+class _Pair:
+    """Forward and backward of one implementation, timed apart, with its peak memory."""
+
+    def __init__(self, run: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
+        self.run, self.leaves = run, leaves
+        self.forward: list[float] = []
+        self.backward: list[float] = []
+        self.peak = 0
+
+    def once(self, record: bool) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        events[0].record()
+        out = self.run()
+        events[1].record()
+        do = torch.randn_like(out)
+        middle = torch.cuda.Event(enable_timing=True)
+        middle.record()
+        torch.autograd.grad(out, self.leaves, do)
+        events[2].record()
+        events[2].synchronize()
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() - base)
+        if record:
+            self.forward.append(events[0].elapsed_time(events[1]))
+            self.backward.append(middle.elapsed_time(events[2]))
+
+    @property
+    def median(self) -> tuple[float, float]:
+        return statistics.median(self.forward), statistics.median(self.backward)
+
+
+def _dense(backend: str, case: Case) -> _Pair:
+    """Causal attention of the pack's documents by one of torch's backends, one call per document."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    chosen = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[backend]
+    leaves = [x.detach().requires_grad_() for x in case.tensors[:3]]
+    H, G = leaves[0].shape[1], leaves[1].shape[1]
+
+    def run() -> Tensor:
+        parts = [x.split(case.docs.lengths) for x in leaves]
+        with sdpa_kernel(chosen):
+            outputs = [
+                F.scaled_dot_product_attention(
+                    *(x.transpose(0, 1)[None] for x in qkv), is_causal=True, enable_gqa=H != G
+                )[0].transpose(0, 1)
+                for qkv in zip(*parts, strict=True)
+            ]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    return _Pair(run, leaves)
+
+
+def time_case(
+    case: Case,
+    *,
+    rounds: int = 5,
+    dense: Sequence[str] = ("cudnn", "flash"),
+    peak_tflops: float = 989.0,
+) -> dict[str, Any]:
+    """Time whole NSA and dense attention in turns, then every stage of ours; milliseconds."""
+    from kernels.nsa.triton_api import nsa_attention_triton
+
+    pairs = {"nsa": _Pair(lambda: nsa_attention_triton(*case.arguments()), case.tensors)}  # type: ignore[arg-type]
+    pairs |= {name: _dense(name, case) for name in dense}
+    for i in range(rounds + 1):
+        for pair in pairs.values():
+            pair.once(record=i > 0)
+    whole = {
+        name: {
+            "forward_ms": pair.median[0],
+            "backward_ms": pair.median[1],
+            "peak_gib": pair.peak / 2**30,
+        }
+        for name, pair in pairs.items()
+    }
+    table = {}
+    for direction, group in zip(("forward", "backward"), stages(case), strict=True):
+        for name, (launch, flops) in group.items():
+            ms = milliseconds(launch, rounds)
+            table[f"{direction} {name}"] = {
+                "ms": ms,
+                "tflops": flops / ms / 1e9,
+                "of_floor": flops / ms / 1e9 / peak_tflops,
+            }
+    T, H, D = case.tensors[0].shape
+    return {
+        "tokens": T,
+        "documents": len(case.docs.lengths),
+        "heads": H,
+        "groups": case.tensors[1].shape[1],
+        "dim": D,
+        "whole": whole,
+        "stages": table,
+    }
+
+
+CHECKS: tuple[dict[str, Any], ...] = (
+    {"lengths": [1000], "heads": 16, "groups": 1, "dim": 128},
+    {"lengths": [1, 15, 31, 32, 33, 63, 64, 65, 127, 1000], "heads": 8, "groups": 2, "dim": 64},
+    {"lengths": [700, 1, 1200], "heads": 4, "groups": 2, "dim": 96, "mean": True},
+    {"lengths": [129, 1500], "heads": 4, "groups": 4, "dim": 128},
+    {"lengths": [777], "heads": 16, "groups": 2, "dim": 192, "value_dim": 128},
+    {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "magnitude": 1e3},
+    {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "equal": True},
+)
+
+
+def bench_attention(
+    lengths: Sequence[int] = (8192, 32768, 65536),
+    heads: int = 64,
+    groups: int = 4,
+    dim: int = 128,
+    *,
+    check: bool = False,
+    json: str | Path | None = None,
+    rounds: int = 5,
+) -> int:
+    """Check (`check`) and time NSA; print a table, write everything to `json`; return an exit code.
+
+    1 when a check fails or there is no CUDA device to time on.
+    """
+    if not torch.cuda.is_available():
+        print("bench attention needs a CUDA device, and torch sees none")
+        return 1
+    from kernels.nsa.triton_api import nsa_attention_triton
+
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "checks": [], "times": []}
+    failed = False
+    for arguments in CHECKS if check else ():
+        report = compare(random_case(**arguments), nsa_attention_triton)
+        bad = report.failures()
+        failed |= bool(bad)
+        worst = max(a / max(b, 1e-12) for a, b in report.errors.values())
+        print(
+            f"check {arguments}: {'FAILED' if bad else 'ok'}, worst {worst:.2f}x plain", flush=True
+        )
+        for line in bad:
+            print(f"  {line}")
+        results["checks"].append({**arguments, "errors": report.errors, "failures": bad})
+    for n in lengths:
+        result = time_case(random_case([n], heads, groups, dim), rounds=rounds)
+        results["times"].append(result)
+        print_times(result)
+    if json is not None:
+        Path(json).write_text(json_module.dumps(results, indent=1))
+    return int(failed)
+
+
+def print_times(result: dict[str, Any]) -> None:
+    """Print one case of `time_case` as a table."""
+    shape = "T={tokens} B={documents} H={heads} G={groups} D={dim}".format(**result)
+    ours = result["whole"]["nsa"]
+    total = ours["forward_ms"] + ours["backward_ms"]
+    print(f"\n{shape}  {'ms fwd':>9} {'ms bwd':>9} {'ratio':>7} {'peak GiB':>9}")
+    for name, row in result["whole"].items():
+        ratio = (row["forward_ms"] + row["backward_ms"]) / total
+        print(
+            f"{name:>32} {row['forward_ms']:9.2f} {row['backward_ms']:9.2f} {ratio:7.2f}"
+            f" {row['peak_gib']:9.2f}"
+        )
+    for name, row in result["stages"].items():
+        rate = (
+            f"{row['tflops']:6.0f} TFLOP/s {100 * row['of_floor']:3.0f}%" if row["tflops"] else ""
+        )
+        print(f"{name:>32} {row['ms']:9.3f} {rate}", flush=True)
