@@ -134,10 +134,11 @@ class Exchange:
             grad_UW: gradient of this rank's rows, in transport type, on the mesh's device.
 
         Returns:
-            Gradients of `plan.wanted_N`, fp32 [N, W], on the mesh's device.
+            Gradients of `plan.wanted_N`, [N, W], on the mesh's device: fp32, or those given where
+            one rank is all there is.
         """
         if plan.asked is None:
-            return grad_UW.float()
+            return grad_UW
         received_RW = grad_UW.new_empty(sum(plan.receive_counts), grad_UW.shape[1])
         dist.all_to_all_single(
             received_RW, grad_UW.contiguous(), plan.receive_counts, plan.send_counts

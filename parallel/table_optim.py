@@ -79,7 +79,11 @@ class GradientSum:
         self.batches = 0
 
     def add(self, index_N: Tensor, grad_NW: Tensor) -> None:
-        """Add a micro-batch's gradients of the sorted distinct rows `index_N`; takes them over."""
+        """Add a micro-batch's gradients of the sorted distinct rows `index_N`; takes them over.
+
+        bf16 gradients become fp32 here, behind the copy from the device.
+        """
+        grad_NW = grad_NW.float()
         self.batches += 1
         if self.batches == 1:
             self.index_N, self.grad_NW = index_N, grad_NW
@@ -94,6 +98,6 @@ class GradientSum:
 
 
 def squared_norm(grad_NW: Tensor) -> Tensor:
-    """Return the sum of squares, fp64 0-dim: fp32 norms of the rows, added in fp64."""
-    norm_N: Tensor = torch.linalg.vector_norm(grad_NW, dim=1)
+    """Return the sum of squares of fp32 or bf16 rows, fp64 0-dim: fp32 by row, added in fp64."""
+    norm_N: Tensor = torch.linalg.vector_norm(grad_NW, dim=1, dtype=torch.float32)
     return norm_N.double().square().sum()

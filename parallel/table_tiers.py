@@ -80,7 +80,7 @@ class MemoryTier:
             for (name, width), part in zip(layout.widths.items(), parts, strict=True)
         }
         # A chunk and the temporaries of its update stay in a CPU's cache.
-        budget = 2**18 if device.type == "cpu" else 2**25
+        budget = 2**20 if device.type == "cpu" else 2**25
         self.chunk_rows = max(1, budget // layout.columns)
         self.stats: dict[str, int] = {}
 
