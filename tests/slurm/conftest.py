@@ -1,0 +1,98 @@
+"""A cluster for the tests of this folder, and a way to submit a run to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import SlurmCluster, missing
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[SlurmCluster]:
+    if missing():
+        pytest.skip(missing())
+    with SlurmCluster(nodes=2) as cluster:
+        yield cluster
+
+
+@dataclass
+class Submission:
+    """One run on the cluster: its jobs, its folder, what they said."""
+
+    cluster: SlurmCluster
+    folder: Path
+    config: Path
+    python: Path = Path(sys.executable)
+    job: int = 0
+    run: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.run = self.folder / "runs" / "trial"
+
+    def submit(self, *options: str, overrides: tuple[str, ...] = (), **environment: str) -> int:
+        """Submit from a folder that is not the checkout, as a user with an absolute path would."""
+        self.job = self.cluster.sbatch(
+            "--nodes=2", f"--output={self.folder}/%j.out", *options,
+            str(ROOT / "slurm" / "pretrain.sh"), str(self.config),
+            "--runs", str(self.run.parent), "--name", self.run.name, *overrides,
+            cwd=self.folder,
+            env={"TINY_ONN_PYTHON": str(self.python), **environment},
+        )  # fmt: skip
+        return self.job
+
+    def output(self, job: int | None = None) -> str:
+        """Everything that the job's tries wrote."""
+        path = self.folder / f"{job or self.job}.out"
+        return path.read_text() if path.exists() else ""
+
+    def wait_finished(self, seconds: float = 60) -> str:
+        """Wait until the job has left the queue; returns its state."""
+        self.wait(lambda: self.cluster.finished(self.job), seconds, f"job {self.job} ends")
+        return self.cluster.job(self.job)["JobState"]
+
+    def wait(self, reached, seconds: float, what: str) -> None:  # type: ignore[no-untyped-def]
+        """Wait for something; what the jobs wrote is in the message when it does not come."""
+        try:
+            self.cluster.wait(reached, seconds, what)
+        except TimeoutError as e:
+            logs = [p for p in [*self.folder.glob("*.out"), *self.run.glob("logs/*.log")]]
+            text = "\n".join(f"== {p}\n{p.read_text()[-4000:]}" for p in logs)
+            raise AssertionError(f"{e}\n{text}") from None
+
+    def steps(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl that are complete."""
+        path = self.run / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [r for r in map(json.loads, lines) if "loss" in r]
+
+    def committed(self) -> int:
+        """The newest committed step."""
+        markers = self.run.glob("checkpoints/step-*/COMMITTED")
+        return max((int(m.parent.name.removeprefix("step-")) for m in markers), default=0)
+
+    def cancel(self) -> None:
+        """End whatever is left of the job."""
+        self.cluster.run("scancel", "--user", "root")
+        self.wait(lambda: not self.cluster.run("squeue", "-h").strip(), 60, "the queue is empty")
+
+
+@pytest.fixture
+def submission(cluster: SlurmCluster, tmp_path: Path) -> Iterator[Submission]:
+    tmp_path.chmod(0o755)
+    submission = Submission(cluster, tmp_path, ROOT / "launcher" / "configs" / "demo.yaml")
+    yield submission
+    submission.cancel()
+
+
+def without_slurm() -> dict[str, str]:
+    """The environment of a shell that is in no job."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TINY_ONN_"))}
