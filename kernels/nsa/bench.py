@@ -81,26 +81,26 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
 
     out, slc, lse_slc = forward_selected()
     do = torch.randn_like(out)
-    delta, gate, delta_slc, gate_slc, _ = ops.branch_deltas(
-        do, compressed, slc, window, gates, configs
+    delta, folded, delta_slc, folded_slc, _ = ops.branch_deltas(
+        do, compressed, slc, window, gates, lse, lse_slc, configs
     )
     dq = torch.empty_like(q)
 
     def grad_q(first: bool, second: bool) -> None:
         ops.interval_grad_q(
-            dq, q, do, (k, v, token[2], token[3]), (kw, vw, seen[0], seen[1]), lse, delta, gate,
+            dq, q, do, (k, v, token[2], token[3]), (kw, vw, seen[0], seen[1]), folded, delta,
             scale, configs.grad_q, branches=(first, second), add=True,
         )  # fmt: skip
 
     def grad_window() -> tuple[Tensor, Tensor]:
         return ops.interval_grad_kv(
-            q, kw, vw, do, lse[1], delta[1], gate[1], seen[2], seen[3], scale,
+            q, kw, vw, do, folded[1], delta[1], seen[2], seen[3], scale,
             configs.window_grad_kv, splits=1,
         )  # fmt: skip
 
     def grad_compressed() -> tuple[Tensor, Tensor]:
         return ops.interval_grad_kv(
-            q, k, v, do, lse[0], delta[0], gate[0], layout.slots[2], layout.slots[3], scale,
+            q, k, v, do, folded[0], delta[0], layout.slots[2], layout.slots[3], scale,
             configs.grad_kv, splits=H // G,
         )  # fmt: skip
 
@@ -129,11 +129,11 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
     }
     backward: dict[str, Stage] = {
         "delta": (
-            lambda: ops.branch_deltas(do, compressed, slc, window, gates, configs), 0.0
+            lambda: ops.branch_deltas(do, compressed, slc, window, gates, lse, lse_slc, configs), 0.0
         ),
         "selected+merge": (
             lambda: ops.selected_backward(
-                dq, q, ks, vs, do, lse_slc, delta_slc, gate_slc, selected, lists, layout, spec,
+                dq, q, ks, vs, do, folded_slc, delta_slc, selected, lists, layout, spec,
                 scale, configs,
             ),
             pairs_s * (3 * D + 2 * DV),

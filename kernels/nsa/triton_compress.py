@@ -172,6 +172,15 @@ def _pow2(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
+def _schedule(warps: int, stages: int, D: int, E: int) -> dict[str, int]:
+    """Warps and pipeline stages; maps wider than 128 fill shared memory with a single stage."""
+    return (
+        {"num_warps": warps, "num_stages": stages}
+        if max(D, E) <= 128
+        else {"num_warps": 8, "num_stages": 1}
+    )
+
+
 def compress(
     x_TGD: Tensor,
     weight_lDE: Tensor | None,
@@ -209,8 +218,7 @@ def compress(
         BE=_pow2(E),
         BN=BN,
         MEAN=weight_lDE is None,
-        num_warps=4,
-        num_stages=3,
+        **_schedule(4, 3, D, E),
     )
     return out
 
@@ -248,8 +256,7 @@ def compress_backward(
         STRIDE=spec.stride,
         **sizes,
         MEAN=mean,
-        num_warps=4,
-        num_stages=2,
+        **_schedule(4, 2, D, E),
     )
     if weight_lDE is None or position_lD is None:
         return dx, None, None
@@ -269,8 +276,7 @@ def compress_backward(
         G=G,
         L=spec.block,
         **sizes,
-        num_warps=8,
-        num_stages=3,
+        **_schedule(8, 3, D, E),
     )
     # Padding slots are seen by no query, so their gradient rows are zero and may join the sum.
     total_E = dout_NGE.sum((0, 1), dtype=torch.float32)

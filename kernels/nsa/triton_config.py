@@ -62,14 +62,14 @@ _HOPPER_128 = KernelConfigs(
 )
 
 _HOPPER_256 = KernelConfigs(
-    forward=TileConfig(128, 64, 8, 2),
-    window_forward=TileConfig(128, 64, 8, 2),
-    grad_q=TileConfig(64, 64, 8, 1),
-    grad_kv=TileConfig(64, 64, 8, 1),
-    window_grad_kv=TileConfig(64, 64, 8, 1),
+    forward=TileConfig(64, 64, 4, 2),
+    window_forward=TileConfig(64, 64, 4, 2),
+    grad_q=TileConfig(64, 32, 4, 1),
+    grad_kv=TileConfig(32, 64, 8, 1),
+    window_grad_kv=TileConfig(32, 64, 8, 1),
     score=TileConfig(64, 64, 4, 2),
     selected_forward=TileConfig(64, 64, 4, 2),
-    selected_backward=TileConfig(64, 64, 8, 1),
+    selected_backward=TileConfig(32, 64, 8, 1),
     piece_forward=64,
     piece_backward=256,
     combine_rows=16,

@@ -17,10 +17,12 @@ def delta_kernel(
     selected_ptr,
     window_ptr,
     gates_ptr,
+    interval_lse_ptr,
+    selected_lse_ptr,
     interval_delta_ptr,
-    interval_gate_ptr,
+    interval_folded_ptr,
     selected_delta_ptr,
-    selected_gate_ptr,
+    selected_folded_ptr,
     dgates_ptr,
     T,
     H: tl.constexpr,
@@ -28,7 +30,11 @@ def delta_kernel(
     BDV: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Rows are (t, head). Interval branches want [H, T], the selected one [T, H]."""
+    """Rows are (t, head). Interval branches want [H, T], the selected one [T, H].
+
+    folded = lse - log2(gate), so that exp2(score - folded) is the probability times its gate; a
+    gate of 0 folds to infinity and the product to 0.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < tl.cast(T, tl.int64) * H
     dv = tl.arange(0, BDV)
@@ -45,15 +51,18 @@ def delta_kernel(
         else:
             o = tl.load(window_ptr + at, mask=mask, other=0.0)
         delta = tl.sum(do * o.to(tl.float32), 1)
-        gate = tl.load(gates_ptr + row * 3 + branch, mask=inside, other=0.0)
+        gate = tl.load(gates_ptr + row * 3 + branch, mask=inside, other=1.0)
+        fold = tl.log2(gate.to(tl.float32))
         tl.store(dgates_ptr + row * 3 + branch, delta.to(dgates_ptr.dtype.element_ty), mask=inside)
         if branch == 1:
             tl.store(selected_delta_ptr + row, delta, mask=inside)
-            tl.store(selected_gate_ptr + row, gate.to(tl.float32), mask=inside)
+            lse = tl.load(selected_lse_ptr + row, mask=inside, other=0.0)
+            tl.store(selected_folded_ptr + row, lse - fold, mask=inside)
         else:
             to = across + (branch // 2) * plane
             tl.store(interval_delta_ptr + to, delta, mask=inside)
-            tl.store(interval_gate_ptr + to, gate.to(tl.float32), mask=inside)
+            lse = tl.load(interval_lse_ptr + to, mask=inside, other=0.0)
+            tl.store(interval_folded_ptr + to, lse - fold, mask=inside)
 
 
 def branch_deltas(
@@ -62,9 +71,11 @@ def branch_deltas(
     selected_THD: Tensor,
     window_THD: Tensor,
     gates_TH3: Tensor,
+    lse_2HT: Tensor,
+    lse_TH: Tensor,
     configs: KernelConfigs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return delta and gate of (compressed, window) [2, H, T], of selected [T, H], and dgates.
+    """Return delta and folded lse of (compressed, window) [2, H, T], of selected [T, H], and dgates.
 
     All fp32 but dgates, which has the gates' dtype. Inputs are contiguous.
     """
@@ -78,6 +89,8 @@ def branch_deltas(
         selected_THD,
         window_THD,
         gates_TH3,
+        lse_2HT,
+        lse_TH,
         interval[0],
         interval[1],
         selected[0],

@@ -15,7 +15,9 @@ from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_compress import compress, compress_backward
 from kernels.nsa.triton_config import KernelConfigs, kernel_configs
 from kernels.nsa.triton_delta import branch_deltas
-from kernels.nsa.triton_interval import interval_forward, interval_grad_kv, interval_grad_q
+from kernels.nsa.triton_interval import interval_forward
+from kernels.nsa.triton_interval_grad_kv import interval_grad_kv
+from kernels.nsa.triton_interval_grad_q import interval_grad_q
 from kernels.nsa.triton_layout import PackedLayout
 from kernels.nsa.triton_select import BlockLists, block_lists, select_blocks
 from kernels.nsa.triton_selected import selected_backward, selected_forward
@@ -147,25 +149,25 @@ def nsa_backward(
     chunk = list_tokens(T, H, spec, configs)
     lists = BlockLists(order, bounds, chunk, -(-T // chunk))
     do = do.contiguous()
-    delta, gate, delta_slc, gate_slc, dgates = branch_deltas(
-        do, compressed, slc, window, gates, configs
+    delta, folded, delta_slc, folded_slc, dgates = branch_deltas(
+        do, compressed, slc, window, gates, lse, lse_slc, configs
     )
     dq = torch.empty_like(q)
     dk_slc, dv_slc = selected_backward(
-        dq, q, k_slc, v_slc, do, lse_slc, delta_slc, gate_slc, selected, lists, layout, spec,
+        dq, q, k_slc, v_slc, do, folded_slc, delta_slc, selected, lists, layout, spec,
         scale, configs,
     )  # fmt: skip
     token, seen = layout.tokens, layout.window
     interval_grad_q(
         dq, q, do, (kc, vc, token[2], token[3]), (k_win, v_win, seen[0], seen[1]),
-        lse, delta, gate, scale, configs.grad_q, add=True,
+        folded, delta, scale, configs.grad_q, add=True,
     )  # fmt: skip
     dk_win, dv_win = interval_grad_kv(
-        q, k_win, v_win, do, lse[1], delta[1], gate[1], seen[2], seen[3], scale,
+        q, k_win, v_win, do, folded[1], delta[1], seen[2], seen[3], scale,
         configs.window_grad_kv, splits=1,
     )  # fmt: skip
     dkc, dvc = interval_grad_kv(
-        q, kc, vc, do, lse[0], delta[0], gate[0], layout.slots[2], layout.slots[3], scale,
+        q, kc, vc, do, folded[0], delta[0], layout.slots[2], layout.slots[3], scale,
         configs.grad_kv, splits=H // k_slc.shape[1],
     )  # fmt: skip
     dk_cmp, *dphi_k = compress_backward(dkc, k_cmp, phi_k_weight, phi_k_position, layout, spec)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_config import KernelConfigs, pow2
-from kernels.nsa.triton_interval import LOG2_E
+from kernels.nsa.triton_interval import LOG2_E, column_of, load_tile, tile_sources
 from kernels.nsa.triton_layout import PackedLayout
 
 
 @triton.jit
 def importance_kernel(
-    q_ptr,
+    q_src,
     k_ptr,
     lse_ptr,
     own_ptr,
@@ -47,6 +47,7 @@ def importance_kernel(
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Fold a tile of probabilities, summed over the group's heads, to selected blocks.
 
@@ -72,11 +73,11 @@ def importance_kernel(
             mask=(n < NC)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        q_at = q_ptr + rows.to(tl.int64)[:, None] * stride_qt + group * HG * stride_qh + d[None, :]
         head = group.to(tl.int64) * HG
         acc = tl.zeros((BM, BN), tl.float32)
         for h in range(HG):
-            q = tl.load(q_at + h * stride_qh, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+            q_column = column_of(group * HG + h, stride_qh, D, TMA)
+            q = load_tile(q_src, first, q_column, stride_qt, chunk_end, D, BD, BM, TMA, True)
             lse = tl.load(lse_ptr + (head + h) * T + rows, mask=inside, other=0.0)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             acc += tl.exp2(s * scale_log2 - lse[:, None])
@@ -195,12 +196,13 @@ def select_blocks(
     rows = min(T, configs.score_chunk)
     shape = (2 if overlap else 1, rows, G, layout.n_blocks)
     scratch = torch.empty(shape, dtype=torch.float32, device=q_THD.device)
+    (q,), tma = tile_sources(tile.BM, q_THD)
     for chunk in range(0, T, rows):
         end = min(T, chunk + rows)
         # Blocks are dealt from the start of the pack, so later ones cannot belong to this chunk.
         reach = min(layout.n_slots, ratio * (triton.cdiv(end, spec.select) + layout.extra_blocks))
         importance_kernel[(triton.cdiv(reach, tile.BN), triton.cdiv(end - chunk, tile.BM), G)](
-            q_THD,
+            q,
             k_NGD,
             lse_HT,
             scratch[0],
@@ -225,6 +227,7 @@ def select_blocks(
             BD=pow2(D),
             BM=tile.BM,
             BN=tile.BN,
+            TMA=tma,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

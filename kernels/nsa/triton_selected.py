@@ -30,6 +30,78 @@ def _load_rows(ptr, at, d, ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _entries(
+    order_ptr, i, end, group, G: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, BM: tl.constexpr
+):
+    """Rows of a tile: its (query, slot) entries times the heads of the group."""
+    r = tl.arange(0, BM)
+    e = i + r // HG
+    ok = e < end
+    entry = tl.load(order_ptr + e, mask=ok, other=0)
+    return ok, entry, entry // (G * K), group * HG + r % HG
+
+
+@triton.jit
+def _offsets(index, stride, WIDE: tl.constexpr):
+    """Element offsets; 64 bits wide only for tensors that need it, since rows are gathered."""
+    if WIDE:
+        return index.to(tl.int64) * stride
+    else:
+        return index * stride
+
+
+@triton.jit
+def _forward_tile(
+    q_ptr,
+    k,
+    v,
+    part_ptr,
+    part_lse_ptr,
+    order_ptr,
+    i,
+    end,
+    group,
+    key,
+    own,
+    scale_log2,
+    token0,
+    stride_qt,
+    stride_qh,
+    G: tl.constexpr,
+    HG: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    ok, entry, t, head = _entries(order_ptr, i, end, group, G, HG, K, BM)
+    d = tl.arange(0, BD)
+    dv = tl.arange(0, BDV)
+    at = _offsets(t, stride_qt, WIDE) + head * stride_qh
+    q = _load_rows(q_ptr, at, d, ok, D, BD)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        s = tl.where((key[None, :] <= t[:, None]) & own[None, :], s, float("-inf"))
+    # Rows beyond the piece may see nothing.
+    high = tl.maximum(tl.max(s, 1) * scale_log2, -1e30)
+    p = tl.exp2(s * scale_log2 - high[:, None])
+    total = tl.maximum(tl.sum(p, 1), 1e-30)
+    o = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (1.0 / total)[:, None]
+    row = (entry - token0 * (G * K)) * HG + head % HG
+    tl.store(part_lse_ptr + row, high + tl.log2(total), mask=ok)
+    tl.store(
+        part_ptr + _offsets(row, DV, WIDE)[:, None] + dv[None, :],
+        o.to(part_ptr.dtype.element_ty),
+        mask=ok[:, None] & (dv < DV)[None, :],
+        cache_modifier=".cs",
+    )
+
+
+@triton.jit
 def selected_forward_kernel(
     q_ptr,
     k_ptr,
@@ -61,6 +133,7 @@ def selected_forward_kernel(
     BD: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Partial output of every (query, slot) of one piece, normalised, with its log-sum-exp."""
     piece = tl.load(first_ptr + list0) + tl.program_id(0)
@@ -68,7 +141,8 @@ def selected_forward_kernel(
         owner = tl.load(owner_ptr + piece)
         begin = tl.load(bounds_ptr + owner) + (piece - tl.load(first_ptr + owner)) * SIZE
         end = tl.minimum(begin + SIZE, tl.load(bounds_ptr + owner + 1))
-        group = ((owner - list0) // NB).to(tl.int64)
+        group = (owner - list0) // NB
+        wide_group = group.to(tl.int64)
         block = (owner - list0) % NB
         key0 = tl.load(block_ptr + block)
         key_end = tl.load(block_ptr + NB + block)
@@ -77,33 +151,23 @@ def selected_forward_kernel(
         dv = tl.arange(0, BDV)
         own = key < key_end
         wide = key.to(tl.int64)
-        k = _load_rows(k_ptr + group * stride_kg, wide * stride_kt, d, own, D, BD)
-        v = _load_rows(v_ptr + group * stride_vg, wide * stride_vt, dv, own, DV, BDV)
-        kt = tl.trans(k)
-        r = tl.arange(0, BM)
-        for i in range(begin, end, BM // HG):
-            e = i + r // HG
-            ok = e < end
-            entry = tl.load(order_ptr + e, mask=ok, other=0)
-            t = entry // (G * K)
-            head = group * HG + r % HG
-            q = _load_rows(q_ptr, t.to(tl.int64) * stride_qt + head * stride_qh, d, ok, D, BD)
-            s = tl.dot(q, kt, input_precision="ieee") * scale_log2
-            s = tl.where(key[None, :] <= t[:, None], s, float("-inf"))
-            s = tl.where(own[None, :], s, float("-inf"))
-            # Rows beyond the piece may see nothing.
-            high = tl.maximum(tl.max(s, 1), -1e30)
-            p = tl.exp2(s - high[:, None])
-            total = tl.maximum(tl.sum(p, 1), 1e-30)
-            o = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
-            row = (entry - token0 * (G * K)).to(tl.int64) * HG + r % HG
-            tl.store(part_lse_ptr + row, high + tl.log2(total), mask=ok)
-            tl.store(
-                part_ptr + row[:, None] * DV + dv[None, :],
-                o.to(part_ptr.dtype.element_ty),
-                mask=ok[:, None] & (dv < DV)[None, :],
-                cache_modifier=".cs",
-            )
+        k = _load_rows(k_ptr + wide_group * stride_kg, wide * stride_kt, d, own, D, BD)
+        v = _load_rows(v_ptr + wide_group * stride_vg, wide * stride_vt, dv, own, DV, BDV)
+        # A list is in token order, so the block's own queries, the only ones that do not see all of
+        # its keys, come first.
+        own_end = begin
+        if tl.load(order_ptr + begin) // (G * K) < key0 + SELECT:
+            own_end = tl.minimum(begin + tl.cdiv(SELECT, BM // HG) * (BM // HG), end)
+        for i in range(begin, own_end, BM // HG):
+            _forward_tile(
+                q_ptr, k, v, part_ptr, part_lse_ptr, order_ptr, i, end, group, key, own, scale_log2,
+                token0, stride_qt, stride_qh, G, HG, K, D, DV, BD, BDV, BM, WIDE, True,
+            )  # fmt: skip
+        for i in range(own_end, end, BM // HG):
+            _forward_tile(
+                q_ptr, k, v, part_ptr, part_lse_ptr, order_ptr, i, end, group, key, own, scale_log2,
+                token0, stride_qt, stride_qh, G, HG, K, D, DV, BD, BDV, BM, WIDE, False,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -179,6 +243,71 @@ def merge_forward_kernel(
 
 
 @triton.jit
+def _backward_tile(
+    dk,
+    dv,
+    q_ptr,
+    k,
+    v,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    part_ptr,
+    order_ptr,
+    i,
+    end,
+    group,
+    key,
+    own,
+    scale,
+    scale_log2,
+    token0,
+    stride_qt,
+    stride_qh,
+    stride_dt,
+    stride_dh,
+    G: tl.constexpr,
+    HG: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    ok, entry, t, head = _entries(order_ptr, i, end, group, G, HG, K, BM)
+    d = tl.arange(0, BD)
+    f = tl.arange(0, BDV)
+    q = _load_rows(q_ptr, _offsets(t, stride_qt, WIDE) + head * stride_qh, d, ok, D, BD)
+    do = _load_rows(do_ptr, _offsets(t, stride_dt, WIDE) + head * stride_dh, f, ok, DV, BDV)
+    at = t * (G * HG) + head
+    lse = tl.load(lse_ptr + at, mask=ok, other=0.0)
+    delta = tl.load(delta_ptr + at, mask=ok, other=0.0)
+    st = tl.dot(k, tl.trans(q), input_precision="ieee")
+    # Rows beyond the piece have q = do = 0 and add nothing.
+    pt = tl.exp2(st * scale_log2 - lse[None, :])
+    if MASKED:
+        pt = tl.where((key[:, None] <= t[None, :]) & own[:, None], pt, 0.0)
+    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")
+    dpt = tl.dot(v, tl.trans(do), input_precision="ieee")
+    dst = (pt * (dpt - delta[None, :])).to(q.dtype)
+    dk = tl.dot(dst, q, dk, input_precision="ieee")
+    # Transposed, dst would be the register operand of the product: Triton 3.4 to 3.7 were seen to
+    # get that wrong on Hopper. As the right operand it passes shared memory.
+    dqt = tl.dot(tl.trans(k), dst, input_precision="ieee")
+    row = (entry - token0 * (G * K)) * HG + head % HG
+    tl.store(
+        part_ptr + _offsets(row, D, WIDE)[:, None] + d[None, :],
+        tl.trans((dqt * scale).to(part_ptr.dtype.element_ty)),
+        mask=ok[:, None] & (d < D)[None, :],
+        cache_modifier=".cs",
+    )
+    return dk, dv
+
+
+@triton.jit
 def selected_backward_kernel(
     q_ptr,
     k_ptr,
@@ -186,7 +315,6 @@ def selected_backward_kernel(
     do_ptr,
     lse_ptr,
     delta_ptr,
-    gate_ptr,
     part_ptr,
     dk_part_ptr,
     dv_part_ptr,
@@ -220,6 +348,7 @@ def selected_backward_kernel(
     BD: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
+    WIDE: tl.constexpr,
     RESUME: tl.constexpr,
 ):
     """One pass over a piece: its fp32 share of dk and dv, and dq of every (query, slot).
@@ -233,7 +362,8 @@ def selected_backward_kernel(
         owner = tl.load(owner_ptr + piece)
         begin = tl.load(bounds_ptr + owner) + (piece - tl.load(first_ptr + owner)) * SIZE
         end = tl.minimum(begin + SIZE, tl.load(bounds_ptr + owner + 1))
-        group = ((owner - list0) // NB).to(tl.int64)
+        group = (owner - list0) // NB
+        wide_group = group.to(tl.int64)
         block = (owner - list0) % NB
         key0 = tl.load(block_ptr + block)
         key_end = tl.load(block_ptr + NB + block)
@@ -242,42 +372,27 @@ def selected_backward_kernel(
         f = tl.arange(0, BDV)
         own = key < key_end
         wide = key.to(tl.int64)
-        k = _load_rows(k_ptr + group * stride_kg, wide * stride_kt, d, own, D, BD)
-        v = _load_rows(v_ptr + group * stride_vg, wide * stride_vt, f, own, DV, BDV)
+        k = _load_rows(k_ptr + wide_group * stride_kg, wide * stride_kt, d, own, D, BD)
+        v = _load_rows(v_ptr + wide_group * stride_vg, wide * stride_vt, f, own, DV, BDV)
         alone = tl.load(first_ptr + owner + 1) - tl.load(first_ptr + owner) == 1
         sum_row = wide * G + group
         dk = tl.zeros((SELECT, BD), tl.float32)
         dv = tl.zeros((SELECT, BDV), tl.float32)
-        r = tl.arange(0, BM)
-        for i in range(begin, end, BM // HG):
-            e = i + r // HG
-            ok = e < end
-            entry = tl.load(order_ptr + e, mask=ok, other=0)
-            t = entry // (G * K)
-            head = group * HG + r % HG
-            q = _load_rows(q_ptr, t.to(tl.int64) * stride_qt + head * stride_qh, d, ok, D, BD)
-            do = _load_rows(do_ptr, t.to(tl.int64) * stride_dt + head * stride_dh, f, ok, DV, BDV)
-            at = t * (G * HG) + head
-            lse = tl.load(lse_ptr + at, mask=ok, other=0.0)
-            delta = tl.load(delta_ptr + at, mask=ok, other=0.0)
-            gate = tl.load(gate_ptr + at, mask=ok, other=0.0)
-            st = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
-            visible = (key[:, None] <= t[None, :]) & own[:, None] & ok[None, :]
-            pt = tl.where(visible, tl.exp2(st - lse[None, :]) * gate[None, :], 0.0)
-            dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")
-            dpt = tl.dot(v, tl.trans(do), input_precision="ieee")
-            dst = (pt * (dpt - delta[None, :])).to(q.dtype)
-            dk = tl.dot(dst, q, dk, input_precision="ieee")
-            # Transposed, dst would be the register operand of the product: Triton 3.4 to 3.7 were
-            # seen to get that wrong on Hopper. As the right operand it passes shared memory.
-            dqt = tl.dot(tl.trans(k), dst, input_precision="ieee")
-            row = (entry - token0 * (G * K)).to(tl.int64) * HG + r % HG
-            tl.store(
-                part_ptr + row[:, None] * D + d[None, :],
-                (tl.trans(dqt) * scale).to(part_ptr.dtype.element_ty),
-                mask=ok[:, None] & (d < D)[None, :],
-                cache_modifier=".cs",
-            )
+        own_end = begin
+        if tl.load(order_ptr + begin) // (G * K) < key0 + SELECT:
+            own_end = tl.minimum(begin + tl.cdiv(SELECT, BM // HG) * (BM // HG), end)
+        for i in range(begin, own_end, BM // HG):
+            dk, dv = _backward_tile(
+                dk, dv, q_ptr, k, v, do_ptr, lse_ptr, delta_ptr, part_ptr, order_ptr, i, end, group,
+                key, own, scale, scale_log2, token0, stride_qt, stride_qh, stride_dt, stride_dh,
+                G, HG, K, D, DV, BD, BDV, BM, WIDE, True,
+            )  # fmt: skip
+        for i in range(own_end, end, BM // HG):
+            dk, dv = _backward_tile(
+                dk, dv, q_ptr, k, v, do_ptr, lse_ptr, delta_ptr, part_ptr, order_ptr, i, end, group,
+                key, own, scale, scale_log2, token0, stride_qt, stride_qh, stride_dt, stride_dh,
+                G, HG, K, D, DV, BD, BDV, BM, WIDE, False,
+            )  # fmt: skip
         dk *= scale
         if alone:
             dk_at = dk_sum_ptr + sum_row[:, None] * D + d[None, :]
@@ -400,6 +515,7 @@ def selected_forward(
     out, slc = q_THD.new_empty(T, H, DV), q_THD.new_empty(T, H, DV)
     lse = torch.empty(T, H, dtype=torch.float32, device=q_THD.device)
     BM = max(tile.BM, HG)
+    wide = max(T * H, part.shape[0]) * max(D, DV) >= 2**31
     for c in range(lists.n_chunks):
         token0, list0 = c * lists.chunk_tokens, c * G * layout.n_blocks
         end = min(T, token0 + lists.chunk_tokens)
@@ -434,6 +550,7 @@ def selected_forward(
             BD=pow2(D),
             BDV=pow2(DV),
             BM=BM,
+            WIDE=wide,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -469,7 +586,6 @@ def selected_backward(
     do_THD: Tensor,
     lse_TH: Tensor,
     delta_TH: Tensor,
-    gate_TH: Tensor,
     selected_TGK: Tensor,
     lists: BlockLists,
     layout: PackedLayout,
@@ -491,6 +607,7 @@ def selected_backward(
     dk_sum = torch.empty(T, G, D, dtype=f32, device=device)
     dv_sum = torch.empty(T, G, DV, dtype=f32, device=device)
     BM = max(tile.BM, HG)
+    wide = max(T * H, part.shape[0]) * max(D, DV) >= 2**31
     for c in range(lists.n_chunks):
         token0, list0 = c * lists.chunk_tokens, c * G * NB
         end = min(T, token0 + lists.chunk_tokens)
@@ -501,7 +618,6 @@ def selected_backward(
             do_THD,
             lse_TH,
             delta_TH,
-            gate_TH,
             part,
             dk_part,
             dv_part,
@@ -535,6 +651,7 @@ def selected_backward(
             BD=pow2(D),
             BDV=pow2(DV),
             BM=BM,
+            WIDE=wide,
             RESUME=c > 0,
             num_warps=tile.warps,
             num_stages=tile.stages,
