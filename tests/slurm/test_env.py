@@ -1,0 +1,135 @@
+"""The environment is installed once, again when it is described anew, and never by two at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import ROOT, without_slurm
+
+# Stands in for python3 and for the environment's own python: it makes environments of itself and
+# notes what pip was asked for.
+STAND_IN = """\
+#!/usr/bin/env bash
+case "$1 $2" in
+"-c "*print*) echo "$0" ;;
+"-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+"-m pip") sleep 0.3; echo "${*:3}" >>"$PIP_CALLS"; [[ ! -e $PIP_CALLS.fail ]] || { echo no space; exit 1; } ;;
+esac
+"""  # noqa: E501
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with nothing but what env.sh reads, and a python3 that installs nothing."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "bin").mkdir()
+    program(tmp_path, "python3", STAND_IN)
+    program(tmp_path, "nvidia-smi", "#!/bin/sh\nexit 9\n")
+    return tmp_path
+
+
+def program(checkout: Path, name: str, text: str) -> Path:
+    path = checkout / "bin" / name
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def env_sh(checkout: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", "slurm/env.sh", *arguments],
+        cwd=checkout,
+        env={
+            **without_slurm(),
+            "PATH": f"{checkout}/bin:{os.environ['PATH']}",
+            "PIP_CALLS": str(checkout / "calls"),
+            **environment,
+        },
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, err = process.communicate(timeout=30)
+    return process.returncode, err
+
+
+def calls(checkout: Path) -> list[str]:
+    return (checkout / "calls").read_text().splitlines()
+
+
+def test_one_resolution_installs_everything_and_a_second_call_nothing(checkout: Path) -> None:
+    code, err = finished(env_sh(checkout))
+    assert code == 0, err
+    assert "installing into" in err
+    assert finished(env_sh(checkout)) == (0, "")
+    assert calls(checkout) == ["install --no-input --no-compile -c constraints.txt -e ."]
+
+
+def test_the_tests_extra_is_added_once_and_stays(checkout: Path) -> None:
+    for arguments in ((), ("--test",), ("--test",), ()):
+        assert finished(env_sh(checkout, *arguments))[0] == 0
+    with (checkout / "constraints.txt").open("a") as f:
+        f.write("# changed\n")
+    assert finished(env_sh(checkout))[0] == 0
+    assert [c.rpartition(" ")[2] for c in calls(checkout)] == [".", ".[test]", ".[test]"]
+
+
+def test_several_jobs_at_once_install_once(checkout: Path) -> None:
+    ends = [finished(p) for p in [env_sh(checkout) for _ in range(4)]]
+    assert [code for code, _ in ends] == [0, 0, 0, 0]
+    assert len(calls(checkout)) == 1
+
+
+def test_a_failed_installation_shows_why_and_is_tried_again(checkout: Path) -> None:
+    (checkout / "calls.fail").touch()
+    code, err = finished(env_sh(checkout))
+    assert code == 1
+    assert "no space" in err
+    (checkout / "calls.fail").unlink()
+    assert finished(env_sh(checkout))[0] == 0
+    assert len(calls(checkout)) == 2
+
+
+def test_a_gpu_adds_its_extra(checkout: Path) -> None:
+    program(checkout, "nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n")
+    assert finished(env_sh(checkout, "--test"))[0] == 0
+    assert calls(checkout)[0].endswith("-e .[gpu,test]")
+
+
+def test_an_own_interpreter_is_used_as_it_is(checkout: Path) -> None:
+    assert finished(env_sh(checkout, TINY_ONN_PYTHON=sys.executable)) == (0, "")
+    assert not (checkout / "calls").exists()
+
+
+def test_an_own_interpreter_without_the_packages_is_refused(checkout: Path) -> None:
+    text = f'#!/bin/sh\nexec {sys.base_prefix}/bin/python3 -IS "$@"\n'
+    isolated = program(checkout, "isolated", text)
+    code, err = finished(env_sh(checkout, TINY_ONN_PYTHON=str(isolated)))
+    assert code == 1
+    assert "lacks packages" in err
+    assert "'deepspeed==" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--tests"], {}, "unknown argument '--tests'"),
+        ([], {"TINY_ONN_PYTHON": "no-such-python"}, "no such program"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    checkout: Path, arguments: list[str], environment: dict[str, str], message: str
+) -> None:
+    code, err = finished(env_sh(checkout, *arguments, **environment))
+    assert code != 0
+    assert message in err
