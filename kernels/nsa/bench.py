@@ -129,7 +129,8 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
     }
     backward: dict[str, Stage] = {
         "delta": (
-            lambda: ops.branch_deltas(do, compressed, slc, window, gates, lse, lse_slc, configs), 0.0
+            lambda: ops.branch_deltas(do, compressed, slc, window, gates, lse, lse_slc, configs),
+            0.0,
         ),
         "selected+merge": (
             lambda: ops.selected_backward(
@@ -195,7 +196,7 @@ class _Pair:
 
 
 def _dense(backend: str, case: Case) -> _Pair:
-    """Causal attention of the pack's documents by one of torch's backends, one call per document."""
+    """Causal attention by one of torch's backends, one call per document."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     chosen = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[backend]

@@ -7,16 +7,16 @@ from torch import Tensor
 
 from kernels.documents import Documents
 from kernels.nsa.spec import NsaSpec, Phi
-from kernels.nsa.triton_config import INTERPRETED
+from kernels.nsa.triton_config import INTERPRETED, kernel_configs
 from kernels.nsa.triton_layout import packed_layout
-from kernels.nsa.triton_ops import SPEC_FIELDS, nsa_forward
+from kernels.nsa.triton_ops import SPEC_FIELDS, list_tokens, nsa_forward
 
 
 def _is_pow2(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
-def supports(
+def supports(  # noqa: PLR0911  (each return is a reason)
     q_THD: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
@@ -35,6 +35,9 @@ def supports(
     G, DV = v_slc.shape[1:]
     if not q_THD.is_cuda and not INTERPRETED:
         return f"tensors are on {q_THD.device}; Triton needs a CUDA device (or TRITON_INTERPRET=1)"
+    if q_THD.is_cuda and torch.cuda.get_device_capability(q_THD.device)[0] != 9:
+        name = torch.cuda.get_device_name(q_THD.device)
+        return f"the kernels are written and checked for Hopper (sm_90) and this is an {name}"
     dtypes = (torch.float32,) if INTERPRETED else (torch.bfloat16, torch.float16)
     for name, x in (
         ("q", q_THD), ("k_cmp", k_cmp), ("v_cmp", v_cmp), ("k_slc", k_slc), ("v_slc", v_slc),
@@ -55,13 +58,16 @@ def supports(
         return (
             f"stride {spec.stride} and select {spec.select} must be powers of two, select 16..128"
         )
-    if T * G * spec.selected >= 2**31:
-        return f"{T} tokens x {G} groups x {spec.selected} selected blocks overflow 32 bits"
     if docs.device.type != q_THD.device.type or docs.device.index not in {
         None,
         q_THD.device.index,
     }:
         return f"documents are on {docs.device}, tensors on {q_THD.device}: use docs.to(device)"
+    layout = packed_layout(docs, spec)
+    configs = kernel_configs(max(D, DV))
+    lists = -(-T // list_tokens(T, H, spec, configs)) * G * layout.n_blocks
+    if max(T * H * spec.selected, lists) >= 2**31:
+        return f"{T} tokens x {H} heads x {spec.selected} selected blocks overflow 32-bit indices"
     return None
 
 
@@ -94,7 +100,8 @@ def nsa_attention_triton(
         v_win: values of the window branch.
         phi_k: compression of k_cmp; None takes the mean.
         phi_v: compression of v_cmp; None takes the mean.
-        gates_TH3: gates (after the sigmoid) of compressed, selected, window, [T, H, 3].
+        gates_TH3: gates (after the sigmoid, never negative) of compressed, selected, window,
+            [T, H, 3].
         docs: document boundaries, on q's device.
         spec: the sizes.
         scale: of the scores; 1/sqrt(D) by default.

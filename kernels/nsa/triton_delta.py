@@ -1,5 +1,8 @@
 """Pre-pass of the backward: do . o of every branch, which is also the gradient of its gate."""
 
+# Arguments of @triton.jit functions have no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
 from __future__ import annotations
 
 import torch
@@ -75,7 +78,7 @@ def branch_deltas(
     lse_TH: Tensor,
     configs: KernelConfigs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return delta and folded lse of (compressed, window) [2, H, T], of selected [T, H], and dgates.
+    """Return delta and folded lse of (compressed, window) [2, H, T], selected [T, H]; and dgates.
 
     All fp32 but dgates, which has the gates' dtype. Inputs are contiguous.
     """

@@ -5,11 +5,13 @@ one range whose inner part needs no mask. The compressed branch sees slots, the 
 tokens; packed documents are intervals too. The forward saves the log-sum-exp in base 2.
 """
 
+# Arguments of @triton.jit functions have no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -165,16 +167,16 @@ def interval_forward_kernel(
     total = tl.zeros((BM,), tl.float32)
     for n0 in range(full_low, full_high, BN):
         acc, high_water, total = _forward_step(
-            acc, high_water, total, q, k_src, v_src, k_column, v_column, n0, low, high, stop, scale_log2,
-            stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, False,
+            acc, high_water, total, q, k_src, v_src, k_column, v_column, n0, low, high, stop,
+            scale_log2, stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, False,
         )  # fmt: skip
     before = (full_low - start) // BN
     after = tl.cdiv(tl.maximum(stop - full_high, 0), BN)
     for i in range(0, before + after):
         n0 = tl.where(i < before, start + i * BN, full_high + (i - before) * BN)
         acc, high_water, total = _forward_step(
-            acc, high_water, total, q, k_src, v_src, k_column, v_column, n0, low, high, stop, scale_log2,
-            stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, True,
+            acc, high_water, total, q, k_src, v_src, k_column, v_column, n0, low, high, stop,
+            scale_log2, stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, True,
         )  # fmt: skip
     some = total > 0
     safe = tl.where(some, total, 1.0)
@@ -195,7 +197,7 @@ def tile_source(x_NGD: Tensor, rows: int) -> tuple[Any, bool]:
     """
     N, G, D = x_NGD.shape
     wide = x_NGD.stride(0) * x_NGD.element_size()
-    if x_NGD.stride(1) != D or D != pow2(D) or wide % 16 or x_NGD.data_ptr() % 16:
+    if x_NGD.stride(1) != D or pow2(D) != D or wide % 16 or x_NGD.data_ptr() % 16:
         return x_NGD, False
     flat = TensorDescriptor(x_NGD, [N, G * D], [x_NGD.stride(0), 1], [rows, D])
     return flat, True

@@ -1,5 +1,8 @@
 """Gradient of the queries through the compressed and the sliding branch, in one pass over both."""
 
+# Arguments of @triton.jit functions have no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
 from __future__ import annotations
 
 import triton
@@ -91,16 +94,16 @@ def _dq_branch(
     v_column = column_of(group, stride_vg, DV, TMA)
     for n0 in range(full_low, full_high, BN):
         acc = _dq_step(
-            acc, q, do, lse, delta, k_src, v_src, k_column, v_column, n0, low, high, stop, scale_log2,
-            stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, False,
+            acc, q, do, lse, delta, k_src, v_src, k_column, v_column, n0, low, high, stop,
+            scale_log2, stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, False,
         )  # fmt: skip
     before = (full_low - start) // BN
     after = tl.cdiv(tl.maximum(stop - full_high, 0), BN)
     for i in range(0, before + after):
         n0 = tl.where(i < before, start + i * BN, full_high + (i - before) * BN)
         acc = _dq_step(
-            acc, q, do, lse, delta, k_src, v_src, k_column, v_column, n0, low, high, stop, scale_log2,
-            stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, True,
+            acc, q, do, lse, delta, k_src, v_src, k_column, v_column, n0, low, high, stop,
+            scale_log2, stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, True,
         )  # fmt: skip
     return acc
 

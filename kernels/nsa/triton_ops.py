@@ -20,7 +20,8 @@ from kernels.nsa.triton_interval_grad_kv import interval_grad_kv
 from kernels.nsa.triton_interval_grad_q import interval_grad_q
 from kernels.nsa.triton_layout import PackedLayout
 from kernels.nsa.triton_select import BlockLists, block_lists, select_blocks
-from kernels.nsa.triton_selected import selected_backward, selected_forward
+from kernels.nsa.triton_selected import selected_forward
+from kernels.nsa.triton_selected_grad import selected_backward
 
 SPEC_FIELDS = ("block", "stride", "select", "selected", "initial", "local", "window")
 
@@ -58,7 +59,7 @@ def nsa_forward(
     """Return out, the branches' o, lse [2, H, T], lse [T, H], k and v compressed, selected, CSR."""
     layout, spec = _unpack(layout_tensors, layout_counts, sizes)
     T, H, D = q.shape
-    G, DV = v_slc.shape[1:]
+    DV = v_slc.shape[2]
     configs = kernel_configs(max(D, DV))
     kc = compress(k_cmp, phi_k_weight, phi_k_position, layout, spec)
     vc = compress(v_cmp, phi_v_weight, phi_v_position, layout, spec)

@@ -1,0 +1,380 @@
+"""Gradients of attention to the selected blocks, in one pass over the block lists.
+
+A program keeps a block and its dk and dv on chip while the queries of a piece of its list pass by,
+and leaves a partial dq per (query, slot). Partials are summed in slot order, pieces in list order.
+"""
+
+# Arguments of @triton.jit functions have no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.nsa.spec import NsaSpec
+from kernels.nsa.triton_config import KernelConfigs, pow2
+from kernels.nsa.triton_interval import LOG2_E
+from kernels.nsa.triton_layout import PackedLayout
+from kernels.nsa.triton_select import BlockLists, cut_pieces
+from kernels.nsa.triton_selected import entries, load_rows, offsets
+
+
+@triton.jit
+def _backward_tile(
+    dk,
+    dv,
+    q_ptr,
+    k,
+    v,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    part_ptr,
+    order_ptr,
+    i,
+    end,
+    group,
+    key,
+    own,
+    scale,
+    scale_log2,
+    token0,
+    stride_qt,
+    stride_qh,
+    stride_dt,
+    stride_dh,
+    G: tl.constexpr,
+    HG: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    ok, entry, t, head = entries(order_ptr, i, end, group, G, HG, K, BM)
+    d = tl.arange(0, BD)
+    f = tl.arange(0, BDV)
+    q = load_rows(q_ptr, offsets(t, stride_qt, WIDE) + head * stride_qh, d, ok, D, BD)
+    do = load_rows(do_ptr, offsets(t, stride_dt, WIDE) + head * stride_dh, f, ok, DV, BDV)
+    at = t * (G * HG) + head
+    lse = tl.load(lse_ptr + at, mask=ok, other=0.0)
+    delta = tl.load(delta_ptr + at, mask=ok, other=0.0)
+    st = tl.dot(k, tl.trans(q), input_precision="ieee")
+    # Rows beyond the piece have q = do = 0 and add nothing.
+    pt = tl.exp2(st * scale_log2 - lse[None, :])
+    if MASKED:
+        pt = tl.where((key[:, None] <= t[None, :]) & own[:, None], pt, 0.0)
+    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")
+    dpt = tl.dot(v, tl.trans(do), input_precision="ieee")
+    dst = (pt * (dpt - delta[None, :])).to(q.dtype)
+    dk = tl.dot(dst, q, dk, input_precision="ieee")
+    # Transposed, dst would be the register operand of the product: Triton 3.4 to 3.7 were seen to
+    # get that wrong on Hopper. As the right operand it passes shared memory.
+    dqt = tl.dot(tl.trans(k), dst, input_precision="ieee")
+    row = (entry - token0 * (G * K)) * HG + head % HG
+    tl.store(
+        part_ptr + offsets(row, D, WIDE)[:, None] + d[None, :],
+        tl.trans((dqt * scale).to(part_ptr.dtype.element_ty)),
+        mask=ok[:, None] & (d < D)[None, :],
+        cache_modifier=".cs",
+    )
+    return dk, dv
+
+
+@triton.jit
+def selected_backward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    part_ptr,
+    dk_part_ptr,
+    dv_part_ptr,
+    dk_sum_ptr,
+    dv_sum_ptr,
+    order_ptr,
+    bounds_ptr,
+    owner_ptr,
+    first_ptr,
+    block_ptr,
+    scale,
+    scale_log2,
+    list0,
+    NB,
+    token0,
+    stride_qt,
+    stride_qh,
+    stride_dt,
+    stride_dh,
+    stride_kt,
+    stride_kg,
+    stride_vt,
+    stride_vg,
+    G: tl.constexpr,
+    HG: tl.constexpr,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,
+    SELECT: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    WIDE: tl.constexpr,
+    RESUME: tl.constexpr,
+):
+    """One pass over a piece: its fp32 share of dk and dv, and dq of every (query, slot).
+
+    A list of one piece adds to the running sums itself; the pieces of a longer one are left to
+    `merge_grad_kv_kernel`.
+    """
+    number = tl.program_id(0)
+    piece = tl.load(first_ptr + list0) + number
+    if piece < tl.load(first_ptr + list0 + G * NB):
+        owner = tl.load(owner_ptr + piece)
+        begin = tl.load(bounds_ptr + owner) + (piece - tl.load(first_ptr + owner)) * SIZE
+        end = tl.minimum(begin + SIZE, tl.load(bounds_ptr + owner + 1))
+        group = (owner - list0) // NB
+        wide_group = group.to(tl.int64)
+        block = (owner - list0) % NB
+        key0 = tl.load(block_ptr + block)
+        key_end = tl.load(block_ptr + NB + block)
+        key = key0 + tl.arange(0, SELECT)
+        d = tl.arange(0, BD)
+        f = tl.arange(0, BDV)
+        own = key < key_end
+        wide = key.to(tl.int64)
+        k = load_rows(k_ptr + wide_group * stride_kg, wide * stride_kt, d, own, D, BD)
+        v = load_rows(v_ptr + wide_group * stride_vg, wide * stride_vt, f, own, DV, BDV)
+        alone = tl.load(first_ptr + owner + 1) - tl.load(first_ptr + owner) == 1
+        sum_row = wide * G + group
+        dk = tl.zeros((SELECT, BD), tl.float32)
+        dv = tl.zeros((SELECT, BDV), tl.float32)
+        own_end = begin
+        if tl.load(order_ptr + begin) // (G * K) < key0 + SELECT:
+            own_end = tl.minimum(begin + tl.cdiv(SELECT, BM // HG) * (BM // HG), end)
+        for i in range(begin, own_end, BM // HG):
+            dk, dv = _backward_tile(
+                dk, dv, q_ptr, k, v, do_ptr, lse_ptr, delta_ptr, part_ptr, order_ptr, i, end, group,
+                key, own, scale, scale_log2, token0, stride_qt, stride_qh, stride_dt, stride_dh,
+                G, HG, K, D, DV, BD, BDV, BM, WIDE, True,
+            )  # fmt: skip
+        for i in range(own_end, end, BM // HG):
+            dk, dv = _backward_tile(
+                dk, dv, q_ptr, k, v, do_ptr, lse_ptr, delta_ptr, part_ptr, order_ptr, i, end, group,
+                key, own, scale, scale_log2, token0, stride_qt, stride_qh, stride_dt, stride_dh,
+                G, HG, K, D, DV, BD, BDV, BM, WIDE, False,
+            )  # fmt: skip
+        dk *= scale
+        if alone:
+            dk_at = dk_sum_ptr + sum_row[:, None] * D + d[None, :]
+            dv_at = dv_sum_ptr + sum_row[:, None] * DV + f[None, :]
+            dk_mask = own[:, None] & (d < D)[None, :]
+            dv_mask = own[:, None] & (f < DV)[None, :]
+            if RESUME:
+                dk += tl.load(dk_at, mask=dk_mask, other=0.0)
+                dv += tl.load(dv_at, mask=dv_mask, other=0.0)
+            tl.store(dk_at, dk, mask=dk_mask)
+            tl.store(dv_at, dv, mask=dv_mask)
+        else:
+            row = number.to(tl.int64) * SELECT + tl.arange(0, SELECT)
+            tl.store(dk_part_ptr + row[:, None] * D + d[None, :], dk, mask=(d < D)[None, :])
+            tl.store(dv_part_ptr + row[:, None] * DV + f[None, :], dv, mask=(f < DV)[None, :])
+
+
+@triton.jit
+def merge_grad_q_kernel(
+    part_ptr,
+    selected_ptr,
+    dq_ptr,
+    token0,
+    token_end,
+    G: tl.constexpr,
+    HG: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """dq[t, h] = sum of its slots' partials, in slot order."""
+    local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = local < (token_end - token0) * (G * HG)
+    head = local % (G * HG)
+    pair = (local // (G * HG) * G + head // HG).to(tl.int64)
+    wide_pair = tl.cast(token0, tl.int64) * G + pair
+    d = tl.arange(0, BD)
+    acc = tl.zeros((ROWS, BD), tl.float32)
+    for i in range(K):
+        some = tl.load(selected_ptr + wide_pair * K + i, mask=inside, other=-1) >= 0
+        at = (pair * K + i) * HG + head % HG
+        acc += tl.load(
+            part_ptr + at[:, None] * D + d[None, :],
+            mask=some[:, None] & (d < D)[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        ).to(tl.float32)
+    wide_row = tl.cast(token0, tl.int64) * (G * HG) + local
+    tl.store(
+        dq_ptr + wide_row[:, None] * D + d[None, :],
+        acc.to(dq_ptr.dtype.element_ty),
+        mask=inside[:, None] & (d < D)[None, :],
+    )
+
+
+@triton.jit
+def merge_grad_kv_kernel(
+    part_ptr,
+    sum_ptr,
+    first_ptr,
+    block_ptr,
+    list0,
+    NB,
+    G: tl.constexpr,
+    SELECT: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    RESUME: tl.constexpr,
+):
+    """Add the pieces of a list of several, in order, to what earlier chunks of queries left."""
+    block = tl.program_id(0)
+    group = tl.program_id(1)
+    owner = list0 + group * NB + block
+    base = tl.load(first_ptr + list0)
+    low = tl.load(first_ptr + owner) - base
+    high = tl.load(first_ptr + owner + 1) - base
+    key = tl.load(block_ptr + block) + tl.arange(0, SELECT)
+    own = key < tl.load(block_ptr + NB + block)
+    d = tl.arange(0, BD)
+    at = (key.to(tl.int64)[:, None] * G + group) * D + d[None, :]
+    mask = own[:, None] & (d < D)[None, :]
+    if high - low > 1:
+        if RESUME:
+            acc = tl.load(sum_ptr + at, mask=mask, other=0.0)
+        else:
+            acc = tl.zeros((SELECT, BD), tl.float32)
+        for piece in range(low, high):
+            row = (piece + tl.zeros((SELECT,), tl.int64)) * SELECT + tl.arange(0, SELECT)
+            acc += tl.load(
+                part_ptr + row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0
+            )
+        tl.store(sum_ptr + at, acc, mask=mask)
+    elif high == low and not RESUME:
+        tl.store(sum_ptr + at, tl.zeros((SELECT, BD), tl.float32), mask=mask)
+
+
+def selected_backward(
+    dq_THD: Tensor,
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    do_THD: Tensor,
+    lse_TH: Tensor,
+    delta_TH: Tensor,
+    selected_TGK: Tensor,
+    lists: BlockLists,
+    layout: PackedLayout,
+    spec: NsaSpec,
+    scale: float,
+    configs: KernelConfigs,
+) -> tuple[Tensor, Tensor]:
+    """Write the selected branch's dq into dq_THD; return dk [T, G, D] and dv [T, G, DV]."""
+    T, H, D = q_THD.shape
+    G, DV = v_TGD.shape[1:]
+    HG, K, tile = H // G, spec.selected, configs.selected_backward
+    NB, SELECT = layout.n_blocks, spec.select
+    pieces = cut_pieces(lists, G, NB, K, configs.piece_backward)
+    device = q_THD.device
+    part = q_THD.new_empty(min(T, lists.chunk_tokens) * H * K, D)
+    f32 = torch.float32
+    dk_part = torch.empty(pieces.most_per_chunk, SELECT, D, dtype=f32, device=device)
+    dv_part = torch.empty(pieces.most_per_chunk, SELECT, DV, dtype=f32, device=device)
+    dk_sum = torch.empty(T, G, D, dtype=f32, device=device)
+    dv_sum = torch.empty(T, G, DV, dtype=f32, device=device)
+    BM = max(tile.BM, HG)
+    wide = max(T * H, part.shape[0]) * max(D, DV) >= 2**31
+    for c in range(lists.n_chunks):
+        token0, list0 = c * lists.chunk_tokens, c * G * NB
+        end = min(T, token0 + lists.chunk_tokens)
+        selected_backward_kernel[(pieces.most_per_chunk,)](
+            q_THD,
+            k_TGD,
+            v_TGD,
+            do_THD,
+            lse_TH,
+            delta_TH,
+            part,
+            dk_part,
+            dv_part,
+            dk_sum,
+            dv_sum,
+            lists.order,
+            lists.bounds,
+            pieces.owner,
+            pieces.first,
+            layout.blocks,
+            scale,
+            scale * LOG2_E,
+            list0,
+            NB,
+            token0,
+            q_THD.stride(0),
+            q_THD.stride(1),
+            do_THD.stride(0),
+            do_THD.stride(1),
+            k_TGD.stride(0),
+            k_TGD.stride(1),
+            v_TGD.stride(0),
+            v_TGD.stride(1),
+            G=G,
+            HG=HG,
+            K=K,
+            SIZE=pieces.size,
+            SELECT=SELECT,
+            D=D,
+            DV=DV,
+            BD=pow2(D),
+            BDV=pow2(DV),
+            BM=BM,
+            WIDE=wide,
+            RESUME=c > 0,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        merge_grad_q_kernel[(triton.cdiv((end - token0) * H, configs.combine_rows),)](
+            part,
+            selected_TGK,
+            dq_THD,
+            token0,
+            end,
+            G=G,
+            HG=HG,
+            K=K,
+            D=D,
+            BD=pow2(D),
+            ROWS=configs.combine_rows,
+            num_warps=4,
+        )
+        for source, total, width in ((dk_part, dk_sum, D), (dv_part, dv_sum, DV)):
+            merge_grad_kv_kernel[(NB, G)](
+                source,
+                total,
+                pieces.first,
+                layout.blocks,
+                list0,
+                NB,
+                G=G,
+                SELECT=SELECT,
+                D=width,
+                BD=pow2(width),
+                RESUME=c > 0,
+                num_warps=4,
+            )
+    return dk_sum.to(k_TGD.dtype), dv_sum.to(v_TGD.dtype)
