@@ -1,0 +1,368 @@
+"""Feed-forward layers: DynMoE, whose tokens fire as many experts as they need, and a dense one.
+
+DynMoE in one breath:
+
+    s = cosine(x, direction_e)           fp32 whatever the model's dtype
+    z = tau s - theta_e - bias_e         theta calibrated, learnable; bias set by the controller
+    e fires when z > 0                   at least min_experts, at most max_experts, always alike
+    y = sum over fired p_e expert_e(x)   p = softmax of z over the fired
+
+The router learns from three things: the loss through p (with a surrogate gradient across the
+threshold, so that experts that did not fire learn too), Surprise (kernels/experts/surprise.py), and
+a few explored pairs, run with weight zero. A controller holds the mean number of experts per token
+at the target and pulls idle experts back; it acts once per optimizer step on counts of all ranks.
+
+`surprise: off` is the plain counterpart: the round(target_experts) best experts per token, balanced
+by a selection bias without an auxiliary loss (arXiv 2408.15664).
+
+Shapes: T tokens, C width, E experts, F expert hidden, I inner channels (swiglu 2F, relu2 F).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.experts import Activation, SurpriseSpec, activate, expert_ffn, inner_width
+from tiny_onn.router import (
+    calibrated_threshold,
+    cosine_scores,
+    explore,
+    explored_capacity,
+    fire,
+    fired_softmax,
+)
+
+FfnKind = Literal["dynmoe", "dense"]
+SurpriseMode = Literal["param_grad", "output_grad", "off"]
+Normalise = Literal["mean", "none"]
+
+
+@dataclass
+class DynMoeConfig:
+    """Sizes and habits of the feed-forward layers.
+
+    Attributes:
+        kind: `dynmoe`, or `dense` (one feed-forward of the same active FLOPs).
+        experts: E, experts per layer.
+        expert_hidden: F, hidden width of one expert.
+        target_experts: mean number of experts that a token fires.
+        min_experts: fewest experts per token; they fire even below the threshold.
+        max_experts: most experts per token.
+        activation: `swiglu` or `relu2` (squared ReLU).
+        shared_expert: one more expert of the same width that every token passes.
+        dense_hidden: hidden width when dense; 0 takes the mean active width of the sparse layer.
+        init_std: standard deviation of the initial expert weights.
+        logit_std: standard deviation of the router logits z at initialisation.
+        surrogate_width: how far, in units of z, the gradient reaches across the threshold.
+        surprise: what the router learns from; `off` is balanced top-k.
+        surprise_gated: S carries the gate probability.
+        surprise_normalise: S relative to its `mean` over a token's evaluated experts, or `none`.
+        router_temperature: T of the router's target softmax(-S / T).
+        router_kl_weight: weight of KL(target || softmax(z)).
+        router_ce_weight: weight of CE(z, argmin S).
+        router_coefficient: weight of the router loss against the token's nll.
+        explore_share: share of training tokens that also run one expert that did not fire.
+        controller_gain: step of the bias, in units of z, when the mean count is off by 100 %.
+        balance_gain: step of one expert's bias when it is idle (`surprise: off`: off balance).
+        idle_share: an expert counts as idle below this share of the mean load.
+        dead_window: optimizer steps without a token after which an expert is called dead.
+    """
+
+    kind: FfnKind = "dynmoe"
+    experts: int = 8
+    expert_hidden: int = 256
+    target_experts: float = 2.0
+    min_experts: int = 1
+    max_experts: int = 4
+    activation: Activation = "swiglu"
+    shared_expert: bool = False
+    dense_hidden: int = 0
+    init_std: float = 0.02
+    logit_std: float = 1.0
+    surrogate_width: float = 1.0
+    surprise: SurpriseMode = "param_grad"
+    surprise_gated: bool = True
+    surprise_normalise: Normalise = "mean"
+    router_temperature: float = 1.0
+    router_kl_weight: float = 1.0
+    router_ce_weight: float = 0.1
+    router_coefficient: float = 0.01
+    explore_share: float = 0.02
+    controller_gain: float = 0.1
+    balance_gain: float = 0.02
+    idle_share: float = 0.25
+    dead_window: int = 100
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work; raises ValueError naming the key."""
+        for key, kinds in (("kind", FfnKind), ("surprise", SurpriseMode)):
+            if getattr(self, key) not in get_args(kinds):
+                raise ValueError(
+                    f"ffn.{key} must be one of {', '.join(get_args(kinds))}, "
+                    f"found {getattr(self, key)!r}"
+                )
+        inner_width(self.activation, self.expert_hidden)
+        if self.expert_hidden < 1 or self.dense_hidden < 0:
+            raise ValueError(
+                f"ffn.expert_hidden must be at least 1 and ffn.dense_hidden at least 0, found "
+                f"{self.expert_hidden} and {self.dense_hidden}"
+            )
+        if not 1 <= self.min_experts <= self.target_experts <= self.max_experts <= self.experts:
+            raise ValueError(
+                "ffn needs 1 <= min_experts <= target_experts <= max_experts <= experts, found "
+                f"{self.min_experts}, {self.target_experts}, {self.max_experts}, {self.experts}"
+            )
+        if not 0 <= self.explore_share <= 1 or not 0 < self.idle_share <= 1:
+            raise ValueError(
+                "ffn.explore_share must lie in 0 … 1 and ffn.idle_share above 0 and up to 1, found "
+                f"{self.explore_share} and {self.idle_share}"
+            )
+        for key in ("init_std", "logit_std", "dead_window"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"ffn.{key} must be above 0, found {getattr(self, key)}")
+        for key in ("surrogate_width", "router_coefficient", "controller_gain", "balance_gain"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"ffn.{key} must not be negative, found {getattr(self, key)}")
+        self.surprise_spec()
+
+    def surprise_spec(self) -> SurpriseSpec | None:
+        """What the expert kernel measures and teaches; None when `surprise: off`."""
+        if self.surprise == "off":
+            return None
+        return SurpriseSpec(
+            kind=self.surprise,
+            gated=self.surprise_gated,
+            normalise=self.surprise_normalise,
+            temperature=self.router_temperature,
+            kl_weight=self.router_kl_weight,
+            ce_weight=self.router_ce_weight,
+            coefficient=self.router_coefficient,
+        )
+
+    @property
+    def fired_bounds(self) -> tuple[int, int]:
+        """Fewest and most experts per token; equal when `surprise: off` (plain top-k)."""
+        if self.surprise == "off":
+            return (round(self.target_experts),) * 2
+        return self.min_experts, self.max_experts
+
+    def hidden_width(self, width: int) -> int:
+        """Hidden channels of the layer that DeepEmbed `hidden` scales, for a model of this width.
+
+        F of an expert (the experts share the scale), or the dense layer's hidden width.
+        """
+        del width
+        if self.kind == "dynmoe":
+            return self.expert_hidden
+        shared = self.expert_hidden if self.shared_expert else 0
+        return self.dense_hidden or round(self.target_experts * self.expert_hidden) + shared
+
+
+class DenseFfn(nn.Module):
+    """The dense counterpart: one SwiGLU or squared-ReLU layer."""
+
+    def __init__(self, activation: Activation, width: int, hidden: int, init_std: float) -> None:
+        """Draw the weights from the global generator."""
+        super().__init__()
+        self.activation: Activation = activation
+        self.w_in_IC = nn.Parameter(torch.empty(inner_width(activation, hidden), width))
+        self.w_out_CF = nn.Parameter(torch.empty(width, hidden))
+        nn.init.normal_(self.w_in_IC, std=init_std)
+        nn.init.normal_(self.w_out_CF, std=init_std)
+
+    def forward(
+        self, x_TC: Tensor, hidden_scale_TF: Tensor | None, loss_scale: Tensor | None = None
+    ) -> Tensor:
+        """Return [T, C]; hidden_scale_TF multiplies the hidden activations, loss_scale idles."""
+        h_TF = activate(self.activation, F.linear(x_TC, self.w_in_IC))
+        if hidden_scale_TF is not None:
+            h_TF = h_TF * hidden_scale_TF.to(h_TF.dtype)
+        return F.linear(h_TF, self.w_out_CF)
+
+
+class DynMoe(nn.Module):
+    """E experts of which every token fires some; see the top of this file.
+
+    Attributes:
+        record: refresh `stats` in forward and backward.
+        stats: detached device tensors. From the forward: experts_per_token,
+            experts_per_token_counts [max + 1], expert_load [E] (share of tokens), dead_experts,
+            router_entropy (nats, of p). From the backward: surprise, expert_surprise [E] (NaN where
+            an expert did not fire), router_loss (nats), agreement (share of tokens for which the
+            largest z is the least S).
+    """
+
+    controller_bias_E: Tensor
+    counts_X: Tensor
+    idle_steps_E: Tensor
+    load_mean_E: Tensor
+    step_1: Tensor
+
+    def __init__(self, cfg: DynMoeConfig, width: int) -> None:
+        """Draw the weights from the global generator and calibrate the thresholds to the target."""
+        super().__init__()
+        self.cfg = cfg
+        self.spec = cfg.surprise_spec()
+        self.record = False
+        self.stats: dict[str, Tensor] = {}
+        E, hidden = cfg.experts, cfg.expert_hidden
+        self.w_in_EIC = nn.Parameter(torch.empty(E, inner_width(cfg.activation, hidden), width))
+        self.w_out_ECF = nn.Parameter(torch.empty(E, width, hidden))
+        self.direction_EC = nn.Parameter(torch.empty(E, width))
+        nn.init.normal_(self.w_in_EIC, std=cfg.init_std)
+        nn.init.normal_(self.w_out_ECF, std=cfg.init_std)
+        # Only its direction counts. At unit entries a step of Adam turns it by about the learning
+        # rate; a shorter vector turns so fast that the controller cannot hold the count.
+        nn.init.normal_(self.direction_EC)
+        # tau and theta start at zero on top of these host constants, so that a bf16 copy of them
+        # keeps the calibration and still resolves small steps.
+        self.log_tau = nn.Parameter(torch.zeros(1))
+        self.theta_E = nn.Parameter(torch.zeros(E))
+        self.tau_0 = cfg.logit_std * math.sqrt(width)
+        self.theta_0 = self.tau_0 * calibrated_threshold(
+            E, cfg.target_experts, *cfg.fired_bounds, width
+        )
+        self.stride = round(1 / cfg.explore_share) if self.spec and cfg.explore_share else 0
+        self.shared = (
+            DenseFfn(cfg.activation, width, hidden, cfg.init_std) if cfg.shared_expert else None
+        )
+        # .float() undoes the half precision that ZeRO's construction context gives new tensors.
+        self.register_buffer("controller_bias_E", torch.zeros(E).float())
+        self.register_buffer("load_mean_E", torch.zeros(E).float())
+        self.register_buffer("idle_steps_E", torch.zeros(E, dtype=torch.int64))
+        self.register_buffer("counts_X", torch.zeros(E + 1, dtype=torch.int64))
+        self.register_buffer("step_1", torch.zeros(1, dtype=torch.int64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynMoe:
+        """Keep the controller's fp32 buffers exact when the module is cast to another dtype."""
+        names = ("controller_bias_E", "load_mean_E")
+        before = {name: getattr(self, name) for name in names}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = getattr(self, name)
+            kept = new.float() if old.is_meta else old.to(new.device)
+            setattr(self, name, kept)
+        return self
+
+    def forward(
+        self, x_TC: Tensor, hidden_scale_TF: Tensor | None, loss_scale: Tensor | None
+    ) -> Tensor:
+        """Return the weighted sum of the fired experts, [T, C] in the dtype of x.
+
+        Args:
+            x_TC: tokens after the norm, bf16 or fp32.
+            hidden_scale_TF: factor on the hidden activations [T, F] (DeepEmbed `hidden`) or None.
+            loss_scale: fp32 0-dim, d(loss passed to backward)/d(nll of one token); needed to train
+                with surprise. S is free of it; the router's gradient carries it like any other.
+        """
+        cfg, teach = self.cfg, self.training and self.spec is not None
+        s_TE = cosine_scores(x_TC, self.direction_EC)
+        tau_1, theta_E = self.log_tau.to(s_TE.dtype).exp(), self.theta_E.to(s_TE.dtype)
+        z_TE = self.tau_0 * tau_1 * s_TE - (self.theta_0 + theta_E)
+        biased_TE = z_TE - self.controller_bias_E
+        with torch.no_grad():
+            fired_TE = fire(biased_TE, *cfg.fired_bounds)
+            exploring = teach and self.stride > 0
+            explored_TE = (
+                explore(biased_TE, fired_TE, self.step_1, self.stride) if exploring else None
+            )
+        # The balancing bias of plain top-k selects and does not weigh.
+        z_TE = biased_TE if self.spec is not None else z_TE
+        p_TE = fired_softmax(z_TE, fired_TE, cfg.surrogate_width if self.spec is not None else 0.0)
+        if self.record:
+            self._record_forward(fired_TE, p_TE)
+        if hidden_scale_TF is not None:
+            hidden_scale_TF = hidden_scale_TF.to(x_TC.dtype)
+        y_TC = expert_ffn(
+            x_TC,
+            self.w_in_EIC,
+            self.w_out_ECF,
+            p_TE,
+            fired_TE,
+            activation=cfg.activation,
+            max_fired=cfg.fired_bounds[1],
+            hidden_scale_TF=hidden_scale_TF,
+            surprise=self.spec if teach else None,
+            z_TE=z_TE,
+            loss_scale=loss_scale,
+            explored_TE=explored_TE,
+            max_explored=explored_capacity(x_TC.shape[0], self.stride) if exploring else 0,
+            counts_X=self.counts_X if self.training else None,
+            stats=self.stats if self.record else None,
+        )
+        return y_TC if self.shared is None else y_TC + self.shared(x_TC, hidden_scale_TF)
+
+    @torch.no_grad()
+    def _record_forward(self, fired_TE: Tensor, p_TE: Tensor) -> None:
+        tokens = max(fired_TE.shape[0], 1)
+        fired_T = fired_TE.sum(1)
+        bins_N = torch.arange(self.cfg.fired_bounds[1] + 1, device=fired_T.device)
+        self.stats.update(
+            experts_per_token=fired_T.sum() / tokens,
+            experts_per_token_counts=(fired_T[:, None] == bins_N).sum(0),
+            expert_load=fired_TE.sum(0) / tokens,
+            dead_experts=(self.idle_steps_E >= self.cfg.dead_window).sum(),
+            router_entropy=torch.special.entr(p_TE).sum() / tokens,
+        )
+
+    @torch.no_grad()
+    def control(self, counts_X: Tensor) -> None:
+        """Move the controller by one optimizer step and clear the counter.
+
+        Args:
+            counts_X: int64 [E + 1], tokens that fired each expert and, last, all tokens, over all
+                micro-batches and ranks: the same on every rank, and so is then the state.
+        """
+        cfg = self.cfg
+        fired_E, tokens = counts_X[:-1].double(), counts_X[-1].double()
+        seen = tokens > 0
+        mean = fired_E.sum() / tokens.clamp(min=1)
+        relative_E = fired_E / fired_E.mean().clamp(min=1e-9)
+        if self.spec is None:
+            move_E = cfg.balance_gain * (relative_E - 1).clamp(-1, 1)
+        else:
+            move_E = cfg.controller_gain * (mean / cfg.target_experts - 1).clamp(-1, 1)
+            pull_E = cfg.balance_gain * (relative_E / cfg.idle_share - 1).clamp(-1, 0)
+            # Off its mean, or pulling some back would raise the count against the line above.
+            move_E = move_E + pull_E - pull_E.mean()
+        self.controller_bias_E += torch.where(seen, move_E, 0.0).float()
+        load_E = (fired_E / tokens.clamp(min=1)).float()
+        # A mean over about dead_window steps, filled by the first one.
+        rate = torch.where(self.step_1 == 0, 1.0, 1 / cfg.dead_window)
+        self.load_mean_E += torch.where(seen, rate * (load_E - self.load_mean_E), 0.0)
+        idle_E = torch.where(fired_E > 0, 0, self.idle_steps_E + 1)
+        self.idle_steps_E.copy_(torch.where(seen, idle_E, self.idle_steps_E))
+        self.step_1 += 1
+        self.counts_X.zero_()
+
+
+def update_controllers(model: nn.Module) -> None:
+    """Move the controller of every DynMoE layer; call it after each optimizer step, on all ranks.
+
+    One all-reduce of integer counts for all layers together over the default process group (when
+    there is one), so that the controllers stay bitwise alike; no host sync.
+    """
+    layers = [module for module in model.modules() if isinstance(module, DynMoe)]
+    if not layers:
+        return
+    counts = torch.cat([layer.counts_X for layer in layers])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts)
+    sizes = [layer.counts_X.numel() for layer in layers]
+    for layer, part in zip(layers, torch.split(counts, sizes), strict=True):
+        layer.control(part)
+
+
+def build_ffn(cfg: DynMoeConfig, width: int) -> DynMoe | DenseFfn:
+    """Build the feed-forward layer that the configuration asks for."""
+    if cfg.kind == "dynmoe":
+        return DynMoe(cfg, width)
+    return DenseFfn(cfg.activation, width, cfg.hidden_width(width), cfg.init_std)
