@@ -1,0 +1,121 @@
+"""Full causal attention over packed documents: the dense baseline of NSA, and its decoding.
+
+Shapes: T tokens packed, H query heads, G KV groups, R = H / G, D head dim of q and k, E of v.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.documents import Documents
+from kernels.token_buffer import TokenBuffer
+
+
+def full_attention(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGE: Tensor,
+    docs: Documents,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of every token over its document up to itself, differentiable.
+
+    Several documents in half precision on a GPU go through the variable-length flash kernel in one
+    call; everything else is one scaled_dot_product_attention per document.
+
+    Args:
+        q_THD: queries [T, H, D].
+        k_TGD: keys [T, G, D]; each serves H / G query heads.
+        v_TGE: values [T, G, E].
+        docs: document boundaries.
+        scale: of the scores; 1/sqrt(D) by default.
+
+    Returns:
+        [T, H, E] in q's dtype.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    T, H, D = q_THD.shape
+    G, E = v_TGE.shape[1:]
+    if docs.total != T or k_TGD.shape != (T, G, D) or v_TGE.shape[0] != T or H % G:
+        raise ValueError(
+            f"q {tuple(q_THD.shape)}, k {tuple(k_TGD.shape)}, v {tuple(v_TGE.shape)} and documents "
+            f"of {docs.total} tokens do not fit: T must agree, H be a multiple of G, k [T, G, D]"
+        )
+    scale = D**-0.5 if scale is None else scale
+    half = q_THD.dtype in {torch.bfloat16, torch.float16}
+    if q_THD.is_cuda and half and len(docs.lengths) > 1 and D == E and D % 8 == 0 and D <= 256:
+        out: Tensor = torch.ops.aten._flash_attention_forward(
+            q_THD, k_TGD, v_TGE, docs.cu_seqlens, docs.cu_seqlens, docs.longest, docs.longest,
+            0.0, True, False, scale=scale,
+        )[0]  # fmt: skip
+        return out
+    lengths = list(docs.lengths)
+    # split, not slices: its backward is one concatenation instead of a full-size tensor each.
+    parts = [
+        _one_document(q, k, v, scale)
+        for q, k, v in zip(*(torch.split(x, lengths) for x in (q_THD, k_TGD, v_TGE)), strict=True)
+    ]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _one_document(q_nHD: Tensor, k_nGD: Tensor, v_nGE: Tensor, scale: float) -> Tensor:
+    n, H, D = q_nHD.shape
+    G, E = v_nGE.shape[1:]
+    R = H // G
+    if q_nHD.is_cuda:
+        # One batch of H heads, so that cuDNN and flash attention are among the choices.
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_nHD, k_nGD, v_nGE))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=R > 1)
+        return out[0].transpose(0, 1)
+    # A group as a batch: its heads then share keys and values without a copy.
+    q = q_nHD.view(n, G, R, D).permute(1, 2, 0, 3)
+    k = k_nGD.transpose(0, 1)[:, None].expand(G, R, n, D)
+    v = v_nGE.transpose(0, 1)[:, None].expand(G, R, n, E)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return out.permute(2, 0, 1, 3).reshape(n, H, E)
+
+
+class FullCache:
+    """Keys and values of one sequence for `full_decode`."""
+
+    def __init__(self) -> None:
+        """Start empty; memory is taken as tokens come."""
+        self.k, self.v = TokenBuffer(), TokenBuffer()
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return self.k.length
+
+
+def full_decode(
+    q_1HD: Tensor, k_1GD: Tensor, v_1GE: Tensor, cache: FullCache, *, scale: float | None = None
+) -> Tensor:
+    """Append one token and attend with it: the last row of `full_attention` over all tokens so far.
+
+    Args:
+        q_1HD: query of the new token [1, H, D].
+        k_1GD: its key [1, G, D].
+        v_1GE: its value [1, G, E].
+        cache: of this sequence; it grows by the token.
+        scale: of the scores; 1/sqrt(D) by default.
+
+    Returns:
+        [1, H, E] in q's dtype. Not differentiable.
+    """
+    with torch.no_grad():
+        cache.k.append(k_1GD)
+        cache.v.append(v_1GE)
+        _, H, D = q_1HD.shape
+        G, E = v_1GE.shape[1:]
+        q = q_1HD.view(1, G, H // G, D).transpose(0, 1)
+        k = cache.k.view(0, cache.length).transpose(0, 1)[:, None]
+        v = cache.v.view(0, cache.length).transpose(0, 1)[:, None]
+        # The group's heads are the rows: all of them see every key so far.
+        out = F.scaled_dot_product_attention(q.view(G, 1, H // G, D), k, v, scale=scale)
+        return out.reshape(1, H, E)

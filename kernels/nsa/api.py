@@ -1,0 +1,178 @@
+"""The one entry to Native Sparse Attention: checks the call and picks an implementation."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels.documents import Documents
+from kernels.nsa.blocked import nsa_blocked
+from kernels.nsa.naive import forced_blocks, nsa_naive
+from kernels.nsa.spec import NsaSpec, Phi
+
+Implementation = Literal["auto", "naive", "blocked", "triton"]
+
+
+def nsa_attention(
+    q_THD: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    phi_k: Phi | None,
+    phi_v: Phi | None,
+    gates_TH3: Tensor,
+    docs: Documents,
+    spec: NsaSpec,
+    *,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+    stats: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Native Sparse Attention over packed documents (arXiv 2502.11089), differentiable.
+
+    Args:
+        q_THD: queries [T, H, D].
+        k_cmp: keys of the compressed branch, one per token, not yet compressed, [T, G, D]; likewise
+            k_slc and k_win. Shared K/V is the same tensor three times.
+        v_cmp: values of the compressed branch, one per token, [T, G, E]; likewise v_slc and v_win.
+        k_slc: keys of the selected branch.
+        v_slc: values of the selected branch.
+        k_win: keys of the window branch.
+        v_win: values of the window branch.
+        phi_k: compression of k_cmp; None takes the mean of each block.
+        phi_v: compression of v_cmp; None takes the mean of each block.
+        gates_TH3: gates of compressed, selected, window after the sigmoid, [T, H, 3].
+        docs: document boundaries on q's device; every branch restarts at each document.
+        spec: block sizes and counts.
+        scale: of the scores, applied in fp32; 1/sqrt(D) by default.
+        implementation: "auto" is Triton on a CUDA device that supports the call, else "blocked";
+            "naive" is the fp64 oracle.
+        stats: receives "selected_distance", fp32 0-dim on the device: mean tokens from a query to
+            the start of its selected blocks, forced ones excluded, 0 when there are none.
+
+    Returns:
+        [T, H, E] in q's dtype.
+
+    Raises:
+        ValueError: shapes do not fit together, or "triton" does not support the call (with the
+            reason).
+    """
+    _check(q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec)
+    call = (q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec)
+    if implementation == "auto":
+        implementation = "blocked"
+        if q_THD.is_cuda:
+            reason = _why_not_triton(*call)
+            if reason is None:
+                implementation = "triton"
+            else:
+                warnings.warn(
+                    f"NSA runs on torch operations, far slower than its Triton kernels: {reason}",
+                    stacklevel=2,
+                )
+    if implementation == "triton":
+        reason = _why_not_triton(*call)
+        if reason is not None:
+            raise ValueError(f"nsa_attention(implementation='triton') cannot run: {reason}")
+        from kernels.nsa.triton_api import nsa_attention_triton
+
+        return nsa_attention_triton(*call, scale=scale, stats=stats)
+    if implementation == "blocked":
+        return nsa_blocked(*call, scale=scale, stats=stats)
+    if implementation == "naive":
+        result = nsa_naive(*call, scale=scale)
+        if stats is not None:
+            stats["selected_distance"] = _naive_distance(result.selection, spec)
+        return result.out_THE.to(q_THD.dtype)
+    raise ValueError(
+        f"implementation '{implementation}' is none of 'auto', 'naive', 'blocked', 'triton'"
+    )
+
+
+def _why_not_triton(
+    q_THD: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    phi_k: Phi | None,
+    phi_v: Phi | None,
+    gates_TH3: Tensor,
+    docs: Documents,
+    spec: NsaSpec,
+) -> str | None:
+    # Imported late: a machine without a GPU need not have Triton.
+    try:
+        from kernels.nsa.triton_api import supports
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
+        return "the package triton is not installed"
+    return supports(
+        q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec
+    )
+
+
+def _check(
+    q_THD: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    phi_k: Phi | None,
+    phi_v: Phi | None,
+    gates_TH3: Tensor,
+    docs: Documents,
+    spec: NsaSpec,
+) -> None:
+    """Refuse tensors that do not fit together; raises ValueError that names the argument."""
+    T, H, D = q_THD.shape
+    G, E = v_slc.shape[1:]
+    if docs.total != T:
+        raise ValueError(f"q has {T} tokens, the documents have {docs.total} in all")
+    if docs.device != q_THD.device:
+        raise ValueError(
+            f"documents are on {docs.device}, q on {q_THD.device}: use docs.to(device)"
+        )
+    if H % G:
+        raise ValueError(f"{H} query heads cannot be shared evenly by {G} KV groups")
+    for name, x, wanted in (
+        ("k_cmp", k_cmp, (T, G, D)), ("v_cmp", v_cmp, (T, G, E)), ("k_slc", k_slc, (T, G, D)),
+        ("v_slc", v_slc, (T, G, E)), ("k_win", k_win, (T, G, D)), ("v_win", v_win, (T, G, E)),
+        ("gates_TH3", gates_TH3, (T, H, 3)),
+    ):  # fmt: skip
+        if x.shape != wanted:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {wanted}")
+    for name, phi, width in (("phi_k", phi_k, D), ("phi_v", phi_v, E)):
+        if phi is None:
+            continue
+        shapes = (tuple(phi.weight_lDD.shape), tuple(phi.position_lD.shape))
+        if shapes != ((spec.block, width, width), (spec.block, width)):
+            raise ValueError(
+                f"{name} has weight {shapes[0]} and position {shapes[1]}, expected "
+                f"{(spec.block, width, width)} and {(spec.block, width)}"
+            )
+
+
+def _naive_distance(selection: list[Tensor], spec: NsaSpec) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=selection[0].device)
+    count = torch.zeros_like(total)
+    for chosen_nGJ in selection:
+        n, _, J = chosen_nGJ.shape
+        _, forced = forced_blocks(n, spec, chosen_nGJ.device)
+        t = torch.arange(n, device=chosen_nGJ.device)[:, None]
+        start = torch.arange(J, device=chosen_nGJ.device)[None] * spec.select
+        free = chosen_nGJ & ~forced[:, None]
+        total += ((t - start)[:, None] * free).sum()
+        count += free.sum()
+    return (total / count.clamp(min=1)).float()
