@@ -69,14 +69,12 @@ queue_again() {
     say "$1; the same command goes on from there"
     exit 1
   fi
+  say "$1; going back to the queue"
   # Slurm ends this script as soon as it has queued the job.
   trap 'exit 0' TERM
   local refusal
-  if refusal=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
-    say "$1; queued again"
-    exit 0
-  fi
-  say "$1; this job may not be queued again ($refusal), submitting a successor"
+  if refusal=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then exit 0; fi
+  say "this job may not be queued again ($refusal), submitting a successor"
   submit_successor || die "could not submit a successor; to go on: sbatch [options] slurm/pretrain.sh ${ARGUMENTS[*]}"
   exit 0
 }
@@ -188,7 +186,9 @@ run_job() {
   limit) after_limit ;;
   cancelled) say "cancelled or preempted at committed step $(committed_step)"; exit 143 ;;
   *)
-    grep -hE '^rank [0-9]+ ' "$RUN/logs/$TINY_ONN_TRY"-node*.log 2>/dev/null || true
+    # Which rank ended and how, or the last words of a launcher that came to no ranks.
+    grep -hE '^rank [0-9]+ ' "$RUN/logs/$TINY_ONN_TRY"-node*.log ||
+      tail -n 5 "$RUN/logs/$TINY_ONN_TRY"-node*.log || true
     queue_again_within_budget "crashed"
     ;;
   esac

@@ -95,7 +95,7 @@ def test_the_signal_before_the_limit_saves_and_queues_again(submission: Submissi
     submission.wait((submission.run / "up").exists, 30, "the ranks are up")
     submission.cluster.run("scancel", "--batch", "--signal=USR1", str(submission.job))
     assert submission.wait_finished() == "COMPLETED"
-    assert "saved step 5 before the time limit; queued again" in submission.output()
+    assert "saved step 5 before the time limit; going back to the queue" in submission.output()
     assert "step 5 of" in submission.output()
 
 
@@ -121,7 +121,8 @@ def test_a_cancelled_job_saves_and_stays_cancelled(submission: Submission) -> No
 
 
 def test_a_cluster_that_forbids_requeue_gets_a_successor(submission: Submission) -> None:
-    body = '[[ -e $run/tried ]] && touch "$run/DONE" && exit; touch "$run/tried"; sleep 1; exit 1'
+    body = '(set -C; echo "$TINY_ONN_TRY" >"$run/first") 2>/dev/null; '
+    body += '[[ $(<"$run/first") == "$TINY_ONN_TRY" ]] && exit 1; touch "$run/DONE"'
     play(submission, body).submit("--no-requeue", "--cpus-per-task=2", "--time=5")
     assert submission.wait_finished() == "COMPLETED"
     assert "submitting a successor" in submission.output()
