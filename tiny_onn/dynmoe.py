@@ -222,6 +222,7 @@ class DynMoe(nn.Module):
         # Only its direction counts. At unit entries a step of Adam turns it by about the learning
         # rate; a shorter vector turns so fast that the controller cannot hold the count.
         nn.init.normal_(self.direction_EC)
+        self.direction_EC.no_decay = True  # type: ignore[attr-defined]
         # tau and theta start at zero on top of these host constants, so that a bf16 copy of them
         # keeps the calibration and still resolves small steps.
         self.log_tau = nn.Parameter(torch.zeros(1))
