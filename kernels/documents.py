@@ -1,9 +1,10 @@
-"""Where packed documents begin and end: the one description of a packed sequence that every room shares."""
+"""Where packed documents begin and end: the description of a packed sequence that all share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Documents:
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
         """Describe documents of these lengths; raises ValueError on an empty or non-positive one."""
         if not lengths or min(lengths) < 1:
-            raise ValueError(f"documents need at least one token each, got lengths {list(lengths)[:8]}")
+            raise ValueError(f"documents need one token at least, got lengths {list(lengths)[:8]}")
         self.lengths = tuple(int(n) for n in lengths)
         self.device = torch.device(device)
 
@@ -30,11 +31,11 @@ class Documents:
     def from_cu_seqlens(
         cls, cu_seqlens: Sequence[int] | Tensor, device: torch.device | str = "cpu"
     ) -> Documents:
-        """Build from cumulative lengths [B+1] (starting at 0); a device tensor is read back (syncs)."""
+        """Build from cumulative lengths [B+1], the first one 0; a device tensor is read back."""
         ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
         if len(ends) < 2 or ends[0] != 0:
             raise ValueError(f"cu_seqlens must start at 0 and hold a document, got {ends[:8]}")
-        return cls([b - a for a, b in zip(ends[:-1], ends[1:], strict=True)], device)
+        return cls([b - a for a, b in pairwise(ends)], device)
 
     def to(self, device: torch.device | str) -> Documents:
         """Return the same boundaries with their tensors on another device."""

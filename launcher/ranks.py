@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -209,12 +209,25 @@ class _Stream:
 
     def __init__(self, log: Path) -> None:
         self.file = log.open("rb")
+        self.bar = None
+        if sys.stdout.isatty():
+            # Loads torch, which takes seconds, and only a terminal needs it here.
+            from launcher.progress import TerminalBar
+
+            self.bar = TerminalBar()
 
     def copy(self) -> None:
         data = self.file.read()
-        if data:
+        if data and self.bar is not None:
+            self.bar.write(data)
+        elif data:
             sys.stdout.buffer.write(data)
             sys.stdout.flush()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.file.close()
 
 
 def launch(arguments: Sequence[str], folder: RunFolder, cfg: LaunchConfig) -> int:
@@ -277,6 +290,8 @@ def _environment(
     if place.node == local == 0 and sys.stdout.isatty():
         # Rank 0 writes to its log, but what is copied from there to a terminal may use one.
         environment.update(TTY_COMPATIBLE="1", COLUMNS=str(shutil.get_terminal_size().columns))
+    if sys.stdout.isatty():
+        environment["TINY_ONN_TERMINAL"] = "1"
     if cfg.threads:
         environment["OMP_NUM_THREADS"] = str(cfg.threads)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
@@ -311,7 +326,18 @@ def _start(arguments: Sequence[str], environment: dict[str, str], folder: RunFol
 def _watch(
     ranks: Sequence[_Rank], signals: _Signals, lock: RunLock | None, place: Rendezvous
 ) -> int:
-    streams = [_Stream(r.log) for r in ranks if r.rank == 0]
+    with ExitStack() as stack:
+        streams = [stack.enter_context(closing(_Stream(r.log))) for r in ranks if r.rank == 0]
+        return _until_ended(ranks, signals, lock, place, streams)
+
+
+def _until_ended(
+    ranks: Sequence[_Rank],
+    signals: _Signals,
+    lock: RunLock | None,
+    place: Rendezvous,
+    streams: Sequence[_Stream],
+) -> int:
     while True:
         codes = [r.process.poll() for r in ranks]
         for stream in streams:

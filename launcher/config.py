@@ -1,0 +1,244 @@
+"""The configuration of a run: one dataclass per room, composed here, read from YAML and overrides.
+
+`load` reads a YAML file and dotted overrides (`--model.width 512`), refuses unknown keys and wrong
+types by name, and returns a typed `RunConfig`; `save` and `difference` keep a run from going on
+under a configuration that is not its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from data.config import DataConfig
+from launcher.lifecycle import LaunchConfig
+from parallel.checkpoint import CheckpointConfig
+from parallel.engine_config import EngineConfig
+from tiny_onn.modular import ModelConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file, the key and the remedy."""
+
+
+@dataclass
+class TrainConfig:
+    """What the loop does and how often.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        global_batch: sequences per optimizer step over all ranks; the accumulation follows from it.
+        micro_batch: sequences per rank and forward pass.
+        evaluate_every: steps between validations; 0 validates only at the end.
+        evaluate_sequences: sequences of a validation during training; 0 takes all. The last one
+            always takes all.
+        stats_every: steps between records of the sparse parts' statistics (histograms, images).
+        sample_every: steps between text samples; 0 is never.
+        sample_prompt: what the samples start with.
+        sample_tokens: length of a sample in tokens.
+    """
+
+    steps: int = 300
+    global_batch: int = 8
+    micro_batch: int = 4
+    evaluate_every: int = 100
+    evaluate_sequences: int = 64
+    stats_every: int = 10
+    sample_every: int = 100
+    sample_prompt: str = "def "
+    sample_tokens: int = 48
+
+
+@dataclass
+class RunConfig:
+    """Everything that defines a run.
+
+    Attributes:
+        name: the run's folder is RUNS/NAME.
+        runs: folder of all runs, relative to the working directory.
+        seed: seeds weights, data order and exploration.
+        data: corpus and loader.
+        model: sizes and kinds.
+        engine: precision, optimizer, schedule, offload.
+        train: steps, batch, cadence.
+        checkpoint: cadence and retention.
+        launch: processes and time-outs.
+    """
+
+    name: str = "demo"
+    runs: str = "runs"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+MAY_CHANGE = (
+    "runs",
+    "launch.",
+    "checkpoint.",
+    "data.path",
+    "data.cache",
+    "data.build",
+    "engine.accumulation",
+    "engine.offload.",
+    "train.evaluate_",
+    "train.stats_every",
+    "train.sample_",
+)
+"""Keys that a resumed run may change: they alter neither the losses nor what a checkpoint holds."""
+
+
+def parser() -> jsonargparse.ArgumentParser:
+    """Return the parser of every configuration key, with defaults, types and help."""
+    p = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False)
+    p.add_argument("--config", action="config", help=jsonargparse.SUPPRESS)
+    p.add_class_arguments(RunConfig)
+    return p
+
+
+def keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of the configuration, sections included."""
+    hints = {f.name: f for f in dataclasses.fields(cls)}
+    for name, f in hints.items():
+        yield prefix + name
+        nested = _dataclass_of(cls, f.name)
+        if nested is not None:
+            yield from keys(nested, f"{prefix}{name}.")
+
+
+def _dataclass_of(cls: type, name: str) -> type | None:
+    import typing
+
+    hint = typing.get_type_hints(cls)[name]
+    for candidate in (hint, *typing.get_args(hint)):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _check_known(found: Sequence[str], where: str) -> None:
+    known = list(keys())
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+            nearest = next(iter(leaf or near), None)
+            hint = f"; did you mean '{nearest}'?" if nearest else ""
+            raise ConfigError(f"{where}: unknown key '{key}'{hint}")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    known = set(keys())
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and any(k.startswith(f"{key}.") for k in known):
+            yield from _flatten(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; raises ConfigError naming file and line when it is not one."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        shipped = sorted(p.name for p in (Path(__file__).parent / "configs").glob("*.yaml"))
+        raise ConfigError(
+            f"{path}: no such configuration; shipped in launcher/configs: {', '.join(shipped)}"
+        ) from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not valid YAML: {e}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
+    return tree
+
+
+def _overrides(arguments: Sequence[str]) -> list[str]:
+    """Check `--key value` and `--key=value` pairs; returns them as `--key=value`."""
+    out: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"command line: expected --dotted.key value, found '{word}'")
+        key, equals, value = word[2:].partition("=")
+        _check_known([key], "command line")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"command line: --{key} needs a value")
+            value = rest.pop(0)
+        out.append(f"--{key}={value}")
+    return out
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and dotted overrides into a RunConfig.
+
+    Raises:
+        ConfigError: unknown key (with the nearest right one), wrong type, unreadable file.
+    """
+    tree = read_yaml(path)
+    _check_known([key for key, _ in _flatten(tree)], str(path))
+    arguments = _overrides(overrides)
+    p = parser()
+    try:
+        namespace = p.instantiate(p.parse_args([f"--config={path}", *arguments]))
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as e:
+        where = f"{path} and command line" if arguments else str(path)
+        raise ConfigError(f"{where}: {' '.join(str(e).split())}") from None
+    values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(RunConfig)}
+    return RunConfig(**values)
+
+
+def flat(cfg: RunConfig) -> dict[str, Any]:
+    """Return {dotted key: plain value} of the whole configuration."""
+    tree = yaml.safe_load(dump(cfg))
+    return dict(_flatten(tree))
+
+
+def dump(cfg: RunConfig) -> str:
+    """Return the configuration as YAML."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(cfg)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def save(cfg: RunConfig, path: Path) -> None:
+    """Write the resolved configuration atomically."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as f:
+        f.write(dump(cfg))
+        f.flush()
+        os.fsync(f.fileno())
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(f.name, 0o666 & ~mask)
+    os.replace(f.name, path)
+
+
+def difference(saved: RunConfig, new: RunConfig) -> list[str]:
+    """Return one line per key that a resumed run must not change but does."""
+    before, after = flat(saved), flat(new)
+    return [
+        f"{key}: the run has {before.get(key)!r}, now asked for {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
+    ]

@@ -1,0 +1,37 @@
+"""`tiny-onn eval RUN`: the validation loss of a run's checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher import config
+from launcher.lifecycle import RunError, RunFolder
+from launcher.ranks import launch
+
+
+def run_worker(root: Path, what: str, arguments: dict[str, Any]) -> int:
+    """Load a run's checkpoint on ranks of its own, beside a training if need be; returns the rc."""
+    folder = RunFolder(root)
+    if not folder.config.exists():
+        raise RunError(f"{root} is no run folder: it has no config.yaml")
+    cfg = config.load(folder.config)
+    words = ["-m", "launcher.worker", str(folder.config), what, json.dumps(arguments)]
+    return launch(words, RunFolder(root / "evaluation"), cfg.launch)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate; prints one JSON line."""
+    p = argparse.ArgumentParser(
+        prog="tiny-onn eval",
+        description="Validation loss of a checkpoint, on the ranks of the run's configuration.",
+        epilog="example: tiny-onn eval runs/demo --step 200",
+    )
+    p.add_argument("run", type=Path, help="run folder")
+    p.add_argument("--step", type=int, help="checkpoint to take; the newest verified one if absent")
+    p.add_argument("--sequences", type=int, default=0, help="held-out sequences; 0 takes all")
+    a = p.parse_args(argv)
+    return run_worker(a.run, "evaluate", {"step": a.step, "sequences": a.sequences})

@@ -1,0 +1,100 @@
+"""What a model can do: validation loss, and a sample of text; both are collective calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kernels.rows import RowIndex
+from tiny_onn.generation import Sampling, generate
+
+if TYPE_CHECKING:
+    from launcher.components import Components
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on held-out text.
+
+    Attributes:
+        loss: nats per label.
+        bits_per_byte: bits per UTF-8 byte that the labels stand for.
+        labels: labels that were predicted.
+        bytes: UTF-8 bytes that they stand for.
+    """
+
+    loss: float
+    bits_per_byte: float
+    labels: int
+    bytes: int
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, without gradients, for the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def validate(c: Components, sequences: int = 0) -> Validation:
+    """Return the loss over the first `sequences` held-out sequences (0 takes all) of all ranks."""
+    device = c.engine.device
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    scale = torch.ones((), device=device)
+    with evaluating(c.engine.module):
+        for batch in c.loader.evaluation_batches(sequences):
+            output = c.forward(batch, c.fetch_rows(batch.ids_T), scale)
+            totals += torch.tensor(
+                [0.0, float(batch.n_labels), float(c.label_bytes(batch.labels_T))],
+                dtype=torch.float64,
+                device=device,
+            )
+            totals[0] += output.nll_sum.double()
+            c.watchdog.beat(c.step, "validation batch")
+    dist.all_reduce(totals)
+    nll, labels, n_bytes = totals.tolist()
+    if not labels:
+        raise ValueError(
+            f"{c.cfg.data.path}: the validation split holds no sequence; build the corpus with a "
+            "larger --validation-fraction"
+        )
+    return Validation(
+        nll / labels, nll / math.log(2) / max(n_bytes, 1.0), int(labels), int(n_bytes)
+    )
+
+
+def text_sample(c: Components, prompt: str, tokens: int, sampling: Sampling | None = None) -> str:
+    """Return the prompt and what the model says after it; every rank draws the same tokens."""
+    tokenizer = c.tokenizer
+    start = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    with evaluating(c.engine.module):
+        drawn = list(
+            generate(
+                c.engine.forward,
+                c.engine.module,
+                start,
+                tokens,
+                sampling=sampling,
+                rows=lambda ids_T: _values_and_index(c, ids_T),
+                end=tokenizer.eos_id,
+                device=c.engine.device,
+            )
+        )
+    return str(tokenizer.decode([*start[1:], *drawn]))
+
+
+def _values_and_index(c: Components, ids_T: Tensor) -> tuple[Tensor | None, RowIndex | None]:
+    rows = c.fetch_rows(ids_T)
+    return (None, None) if rows is None else (rows.values_UW, rows.lookup)

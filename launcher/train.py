@@ -1,0 +1,168 @@
+"""The training loop: next batch, forward, backward, step, record, checkpoint, stop.
+
+`Trainer` drives one rank's share of a run. Everything it uses is a component with a room of its
+own; this file says in which order they act.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.loader import Batch
+from launcher.components import active_flops, build, open_metrics
+from launcher.config import RunConfig
+from launcher.evaluate import text_sample, validate
+from launcher.flops import mfu
+from launcher.lifecycle import RunFolder
+from launcher.metrics import StepRecord, memory_bytes, recording
+from launcher.resume import restore, save
+from parallel.engine import StepResult
+from tiny_onn.dynmoe import update_controllers
+
+
+class StepTimer:
+    """Wall seconds of the parts of a step as the host sees them, by name.
+
+    On a GPU the host runs ahead of the kernels; the parts then say where the host waited, and only
+    their sum is the time of the step.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Add the time of the block to `part`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def total(self) -> float:
+        """Seconds since the step began."""
+        return time.perf_counter() - self.started
+
+
+class Trainer:
+    """One rank of a run, from the newest checkpoint to the end or to a request to stop."""
+
+    def __init__(self, cfg: RunConfig, folder: RunFolder) -> None:
+        """Build every component and go on from the newest verified checkpoint, if there is one."""
+        self.cfg = cfg
+        self.c = build(cfg, folder)
+        restore(self.c)
+        open_metrics(self.c)
+        self.flops = active_flops(cfg)
+        self.checkpoint_seconds = 0.0
+
+    def train(self) -> Literal["done", "stopped"]:
+        """Train to the last step, or until asked to stop; either way a checkpoint is left."""
+        cfg, c = self.cfg.train, self.c
+        while c.step < cfg.steps:
+            timer = StepTimer()
+            with timer("data"):
+                batches = c.loader.next_step()
+                labels, label_bytes = self._count(batches)
+            with recording(c.engine.module, self._due(cfg.stats_every, c.step + 1)) as stats:
+                nll_sum, result = self._forward_backward_step(batches, labels, timer)
+            update_controllers(c.engine.module)
+            c.step += 1
+            c.tokens += cfg.global_batch * self.cfg.data.seq_len
+            record = self._record(nll_sum, labels, label_bytes, result, timer)
+            c.metrics.step(record, stats)
+            c.watchdog.beat(c.step)
+            if self._due(cfg.evaluate_every) and c.step < cfg.steps:
+                c.metrics.validation(c.step, validate(c, cfg.evaluate_sequences))
+            if self._due(cfg.sample_every):
+                c.metrics.text(c.step, text_sample(c, cfg.sample_prompt, cfg.sample_tokens))
+            stop = c.stop.requested(c.step)
+            if stop or self._due(self.cfg.checkpoint.every) or c.step == cfg.steps:
+                self._save()
+            if stop and c.step < cfg.steps:
+                c.metrics.note(f"stopped after step {c.step}: {stop.text}")
+                return "stopped"
+        c.metrics.validation(c.step, validate(c))
+        return "done"
+
+    def _forward_backward_step(
+        self, batches: Sequence[Batch], labels: int, timer: StepTimer
+    ) -> tuple[Tensor, StepResult]:
+        """Run every micro-batch of a step; returns all ranks' summed nll (fp32 0-dim)."""
+        c, device = self.c, self.c.engine.device
+        # Gradients are summed over micro-batches and averaged over ranks: scaled like this they are
+        # those of the mean over every label of the global batch, however the labels are spread.
+        scale = torch.tensor(c.mesh.world / labels, device=device)
+        nll_sum = torch.zeros((), device=device)
+        result: StepResult | None = None
+        for batch in batches:
+            with timer("tables"):
+                rows = c.fetch_rows(batch.ids_T)
+                if c.table is not None and batch is batches[-1]:
+                    c.table.prefetch(c.loader.peek_ids())
+            with timer("forward"):
+                output = c.forward(batch, rows, scale)
+            with timer("backward"):
+                c.engine.backward(output.loss)
+            with timer("tables"):
+                if c.table is not None and rows is not None:
+                    c.table.accumulate(rows)
+            with timer("optimizer"):
+                result = c.engine.step()
+            nll_sum += output.nll_sum
+        assert result is not None, "the engine steps at the last micro-batch"
+        dist.all_reduce(nll_sum)
+        return nll_sum, result
+
+    def _count(self, batches: Sequence[Batch]) -> tuple[int, int]:
+        """Count labels and the bytes they stand for, over all ranks' batches of this step."""
+        counts = torch.tensor(
+            [
+                sum(b.n_labels for b in batches),
+                sum(self.c.label_bytes(b.labels_T) for b in batches),
+            ]
+        )
+        dist.all_reduce(counts)
+        return int(counts[0]), int(counts[1])
+
+    def _record(
+        self, nll_sum: Tensor, labels: int, label_bytes: int, result: StepResult, timer: StepTimer
+    ) -> StepRecord:
+        c = self.c
+        nats, seconds = nll_sum.item(), timer.total()
+        tokens_per_s = self.cfg.train.global_batch * self.cfg.data.seq_len / seconds
+        checkpoint, self.checkpoint_seconds = self.checkpoint_seconds, 0.0
+        tables = {} if c.table is None else {k: float(v) for k, v in c.table.stats.items()}
+        return StepRecord(
+            step=c.step,
+            loss=nats / labels,
+            bits_per_byte=nats / math.log(2) / max(label_bytes, 1),
+            lr=result.lr,
+            tokens=c.tokens,
+            tokens_per_s=tokens_per_s,
+            grad_norm=result.grad_norm,
+            skipped=result.skipped,
+            sample_cursor=c.step * self.cfg.train.global_batch,
+            seconds={**timer.seconds, "checkpoint": checkpoint},
+            memory_bytes=memory_bytes(c.engine.device),
+            mfu=mfu(tokens_per_s, self.flops, c.engine.device, c.mesh.world),
+            tables=tables,
+        )
+
+    def _due(self, every: int, step: int | None = None) -> bool:
+        return every > 0 and (self.c.step if step is None else step) % every == 0
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        # A step whose line could still be lost must not be the one that a run goes on from.
+        self.c.metrics.flush()
+        save(self.c)
+        self.checkpoint_seconds = time.perf_counter() - start
+        self.c.watchdog.beat(self.c.step, "checkpoint")

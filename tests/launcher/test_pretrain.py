@@ -1,0 +1,187 @@
+"""Whole runs through the command line: trained, resumed exactly, refused when they cannot work."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tests.launcher.tiny import finish, rows, tiny_config, tiny_corpus, tiny_onn
+
+EXACT = ("loss", "grad_norm", "lr", "tokens", "sample_cursor", "bits_per_byte")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("reference")
+    code, output = finish(tiny_onn("pretrain", tiny_config(folder, corpus)))
+    assert code == 0, output
+    assert "bits per byte" in output and "tensorboard --logdir" in output
+    return folder / "runs" / "tiny"
+
+
+def _final_tensors(run: Path) -> dict[str, dict[str, object]]:
+    newest = max((run / "checkpoints").glob("step-*"))
+    return {f.name: load_file(f) for f in sorted(newest.glob("*.safetensors"))}
+
+
+def _assert_same_run(run: Path, reference: Path) -> None:
+    expected, found = rows(reference), rows(run)
+    assert [r["step"] for r in found] == list(range(1, 13))
+    for a, b in zip(expected, found, strict=True):
+        assert {k: a[k] for k in EXACT} == {k: b[k] for k in EXACT}
+    assert (run / "validation.jsonl").read_text() == (reference / "validation.jsonl").read_text()
+    ours, theirs = _final_tensors(run), _final_tensors(reference)
+    assert ours.keys() == theirs.keys() and ours
+    for name, tensors in theirs.items():
+        for key, tensor in tensors.items():
+            assert tensor.equal(ours[name][key]), (name, key)  # type: ignore[attr-defined]
+
+
+def test_a_run_leaves_what_it_promises(reference: Path) -> None:
+    assert (reference / "DONE").exists()
+    assert [r["step"] for r in rows(reference)] == list(range(1, 13))
+    assert rows(reference)[-1]["loss"] < rows(reference)[0]["loss"]
+    steps = sorted(p.name for p in (reference / "checkpoints").glob("step-*"))
+    assert steps == ["step-00000004", "step-00000008", "step-00000012"]
+    assert all((reference / "checkpoints" / s / "COMMITTED").exists() for s in steps)
+    assert list((reference / "tensorboard").glob("events.out.tfevents.*"))
+    assert json.loads((reference / "heartbeat").read_text())["step"] == 12
+
+
+def test_a_second_call_says_that_the_run_is_done(reference: Path) -> None:
+    code, output = finish(tiny_onn("pretrain", reference.parents[1] / "tiny.yaml"))
+    assert code == 0 and "is done" in output and "validation loss" in output
+
+
+@pytest.mark.slow
+def test_killed_at_three_random_moments_it_ends_as_if_nothing_had_happened(
+    reference: Path, corpus: Path, tmp_path: Path
+) -> None:
+    path, run = tiny_config(tmp_path, corpus), tmp_path / "runs" / "tiny"
+    moments = sorted(random.sample(range(1, 12), 3))
+    print("killed after the lines of steps", moments)
+    for moment in moments:
+        process = tiny_onn("pretrain", path)
+        deadline = time.monotonic() + 240
+        while len(rows(run)) < moment and time.monotonic() < deadline:
+            assert process.poll() is None, finish(process)[1]
+            time.sleep(0.01)
+        time.sleep(random.random() * 0.3)
+        everyone = [process, *psutil.Process(process.pid).children(recursive=True)]
+        random.shuffle(everyone)
+        for victim in everyone:
+            try:
+                victim.kill()
+            except psutil.NoSuchProcess:
+                continue
+        finish(process)
+    code, output = finish(tiny_onn("pretrain", path))
+    assert code == 0, output
+    _assert_same_run(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "offload",
+    [
+        ["--engine.offload.optimizer", "cpu"],
+        ["--engine.offload.optimizer", "cpu", "--engine.offload.params", "cpu"],
+        ["--engine.offload.optimizer", "nvme", "--engine.offload.params", "nvme"],
+    ],
+    ids=["optimizer-cpu", "both-cpu", "both-nvme"],
+)
+def test_stopped_and_resumed_with_offload_it_ends_with_the_losses_of_a_run_without(
+    reference: Path, corpus: Path, tmp_path: Path, offload: list[str]
+) -> None:
+    path, run = tiny_config(tmp_path, corpus), tmp_path / "runs" / "tiny"
+    if "nvme" in offload:
+        offload = [*offload, "--engine.offload.nvme_path", str(tmp_path / "nvme")]
+    process = tiny_onn("pretrain", path, *offload)
+    while len(rows(run)) < 6:
+        assert process.poll() is None, finish(process)[1]
+        time.sleep(0.05)
+    process.terminate()
+    code, output = finish(process)
+    assert code == 0 and "stopped" in output, output
+    code, output = finish(tiny_onn("pretrain", path, *offload))
+    assert code == 0 and "resum" in output.lower(), output
+    for a, b in zip(rows(reference), rows(run), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+def test_another_configuration_for_the_same_run_is_refused_with_the_difference(
+    reference: Path, corpus: Path, tmp_path: Path
+) -> None:
+    path = tiny_config(tmp_path, corpus)
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(reference, run, ignore=shutil.ignore_patterns("DONE", "tensorboard"))
+    before = sorted(p.name for p in run.rglob("*"))
+    code, output = finish(tiny_onn("pretrain", path, "--model.layers", "3"))
+    assert code == 1
+    assert "model.layers: the run has 2, now asked for 3" in output and "--name" in output
+    assert sorted(p.name for p in run.rglob("*")) == before
+
+
+def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(
+    reference: Path, corpus: Path, tmp_path: Path
+) -> None:
+    path, run = tiny_config(tmp_path, corpus), tmp_path / "runs" / "tiny"
+    shutil.copytree(reference, run)
+    (run / "DONE").unlink()
+    shard = min((run / "checkpoints" / "step-00000012").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, output = finish(tiny_onn("checkpoint", "verify", run))
+    assert code == 1 and shard.name in output
+    code, output = finish(tiny_onn("pretrain", path))
+    assert code == 0 and shard.name in output and "step 8" in output, output
+    _assert_same_run(run, reference)
+
+
+def test_a_corpus_that_is_missing_or_damaged_is_named_before_ranks_start(
+    corpus: Path, tmp_path: Path
+) -> None:
+    path = tiny_config(tmp_path, tmp_path / "nothing")
+    code, output = finish(tiny_onn("pretrain", path))
+    assert code == 1 and "holds no corpus" in output and "tiny-onn data build" in output
+    damaged = tmp_path / "damaged"
+    shutil.copytree(corpus, damaged)
+    shard = min(damaged.glob("train/*.mds"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    code, output = finish(tiny_onn("pretrain", tiny_config(tmp_path, damaged)))
+    assert code == 1 and shard.name in output and "Traceback" not in output
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_what_would(
+    corpus: Path, tmp_path: Path
+) -> None:
+    path = tiny_config(tmp_path, corpus)
+    code, output = finish(tiny_onn("pretrain", path, "--train.global_batch", "6"))
+    assert code == 1 and "multiple of 4" in output
+
+
+@pytest.mark.slow
+def test_eval_repeats_the_validation_and_generate_continues_a_prompt(reference: Path) -> None:
+    code, output = finish(tiny_onn("eval", reference))
+    assert code == 0, output
+    result = json.loads(output.strip().splitlines()[-1])
+    last = json.loads((reference / "validation.jsonl").read_text().splitlines()[-1])
+    assert result["step"] == 12
+    assert (result["loss"], result["labels"]) == (last["loss"], last["labels"])
+    words = ("--prompt", "def ", "--tokens", "5", "--seed", "1")
+    first = finish(tiny_onn("generate", reference, *words))
+    assert first[0] == 0 and "def " in first[1], first[1]

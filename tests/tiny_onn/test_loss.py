@@ -1,0 +1,54 @@
+"""The head's cross entropy is torch's, whatever the chunk, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tiny_onn.loss import IGNORE, Head, cross_entropy_sum
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_chunked_cross_entropy_equals_torchs_with_every_gradient(chunk: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(50, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(33, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 33, (50,), generator=generator)
+    labels[::5] = IGNORE
+    ours = cross_entropy_sum(x, w, labels, chunk)
+    (ours * 0.37).backward()
+    dx, dw = x.grad, w.grad
+    x.grad = w.grad = None
+    expected = nn.functional.cross_entropy(x @ w.t(), labels, ignore_index=IGNORE, reduction="sum")
+    (expected * 0.37).backward()
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(dx, x.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dw, w.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_no_label_at_all_gives_zero_loss_and_zero_gradient() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    w = torch.randn(5, 8, requires_grad=True)
+    loss = cross_entropy_sum(x, w, torch.full((4,), IGNORE), 2)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert x.grad is not None and not x.grad.any()
+    assert w.grad is not None and not w.grad.any()
+
+
+def test_a_tied_head_shares_the_embeddings_parameter_and_adds_its_gradient() -> None:
+    weight = nn.Parameter(torch.randn(11, 8))
+    head = Head(11, 8, 0.02, weight, 4)
+    assert head.weight is weight
+    head(torch.randn(6, 8), torch.randint(0, 11, (6,))).backward()
+    assert weight.grad is not None and weight.grad.abs().sum() > 0
+
+
+def test_recorded_entropy_is_that_of_the_predictions() -> None:
+    head = Head(7, 8, 1.0, None, 4)
+    head.record = True
+    x = torch.randn(20, 8)
+    head(x, torch.randint(0, 7, (20,)))
+    p = torch.softmax(x @ head.weight.t(), dim=-1)
+    torch.testing.assert_close(head.stats["entropy"], torch.special.entr(p).sum(-1).mean())

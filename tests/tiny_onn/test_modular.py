@@ -1,0 +1,171 @@
+"""The whole model: causal, blind to other documents, trained in every part."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import Documents
+from kernels.rows import row_index, unique_ids
+from tiny_onn.attention import AttentionConfig
+from tiny_onn.deepembed import DeepEmbedConfig
+from tiny_onn.dynmoe import DynMoeConfig
+from tiny_onn.generation import Sampling, generate
+from tiny_onn.modular import ModelConfig, ModelOutput, TinyOnn
+
+V = 97
+SPARSE = ModelConfig(
+    vocab_size=V,
+    width=32,
+    layers=2,
+    attention=AttentionConfig(
+        kind="nsa",
+        heads=4,
+        groups=2,
+        head_dim=16,
+        compress_block=8,
+        compress_stride=4,
+        select_block=16,
+        selected=3,
+        window=24,
+    ),
+    ffn=DynMoeConfig(experts=4, expert_hidden=16, target_experts=2.0, max_experts=3),
+    deepembed=DeepEmbedConfig(kind="output", partition="zero3"),
+)
+DENSE = replace(
+    SPARSE,
+    attention=replace(SPARSE.attention, kind="full"),
+    ffn=replace(SPARSE.ffn, kind="dense"),
+    deepembed=DeepEmbedConfig(kind="off"),
+)
+HIDDEN = replace(SPARSE, deepembed=DeepEmbedConfig(kind="hidden", partition="zero3"))
+KINDS = {"sparse": SPARSE, "dense": DENSE, "hidden": HIDDEN}
+ONE = torch.ones(())
+
+
+def _model(cfg: ModelConfig, seed: int = 0) -> TinyOnn:
+    torch.manual_seed(seed)
+    model = TinyOnn(cfg)
+    if model.deepembed_table is not None:
+        torch.nn.init.normal_(model.deepembed_table.weight, std=0.1)
+    return model
+
+
+def _logits(model: TinyOnn, ids: Tensor, docs: Documents) -> Tensor:
+    with torch.no_grad():
+        out = model(ids, None, docs, ONE)
+    assert isinstance(out, Tensor)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_changing_the_future_changes_no_logit_before_it(kind: str) -> None:
+    model = _model(KINDS[kind]).eval()
+    docs = Documents([50, 90])
+    ids = torch.randint(0, V, (140,))
+    before = _logits(model, ids, docs)
+    for at in (10, 49, 51, 100, 139):
+        changed = ids.clone()
+        changed[at:] = (changed[at:] + 1) % V
+        after = _logits(model, changed, docs)
+        assert torch.equal(after[:at], before[:at])
+        assert not torch.equal(after[at:], before[at:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_does_not_see_its_neighbours(kind: str) -> None:
+    model = _model(KINDS[kind]).eval()
+    ids = torch.randint(0, V, (140,))
+    together = _logits(model, ids, Documents([50, 90]))
+    torch.testing.assert_close(
+        together[:50], _logits(model, ids[:50], Documents([50])), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        together[50:], _logits(model, ids[50:], Documents([90])), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_gets_a_gradient(kind: str) -> None:
+    model = _model(KINDS[kind])
+    ids = torch.randint(0, V, (140,))
+    output = model(ids, ids.roll(-1), Documents([50, 90]), ONE / 140)
+    assert isinstance(output, ModelOutput)
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_activation_checkpointing_changes_no_loss_and_no_gradient(kind: str) -> None:
+    ids = torch.randint(0, V, (140,))
+    gradients = []
+    for recompute in (False, True):
+        model = _model(replace(KINDS[kind], activation_checkpointing=recompute))
+        output = model(ids, ids.roll(-1), Documents([50, 90]), ONE / 140)
+        output.loss.backward()
+        gradients.append(
+            [output.loss.detach()] + [p.grad for p in model.parameters()]  # type: ignore[misc]
+        )
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_both_homes_of_the_table_give_the_same_loss_and_gradients() -> None:
+    ids = torch.randint(0, V, (140,))
+    inside = _model(SPARSE)
+    assert inside.deepembed_table is not None
+    table = inside.deepembed_table.weight
+    outside = TinyOnn(replace(SPARSE, deepembed=replace(SPARSE.deepembed, partition="rows")))
+    own = {k: v for k, v in inside.state_dict().items() if not k.startswith("deepembed_table")}
+    outside.load_state_dict(own)
+    unique, inverse = unique_ids(ids)
+    rows = table.detach()[unique].requires_grad_()
+    docs = Documents([50, 90])
+    a = inside(ids, ids.roll(-1), docs, ONE / 140)
+    b = outside(ids, ids.roll(-1), docs, ONE / 140, rows, row_index(inverse, len(unique)))
+    a.loss.backward()
+    b.loss.backward()
+    assert torch.equal(a.loss, b.loss)
+    assert table.grad is not None and rows.grad is not None
+    assert torch.equal(table.grad[unique], rows.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_token_by_token_gives_the_logits_of_the_whole(kind: str) -> None:
+    model = _model(KINDS[kind]).eval()
+    ids = torch.randint(0, V, (75,))
+    whole = _logits(model, ids, Documents([75]))
+    caches = model.new_caches()
+    with torch.no_grad():
+        steps = [model(t[None], None, None, ONE, None, None, caches)[0] for t in ids]
+    torch.testing.assert_close(torch.stack(steps), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_greedy_generation_takes_the_likeliest_token_each_time() -> None:
+    model = _model(SPARSE).eval()
+    prompt = [5, 9, 2]
+    drawn = list(generate(model, model, prompt, 20, sampling=Sampling(temperature=0)))
+    ids = list(prompt)
+    for token in drawn:
+        assert token == int(_logits(model, torch.tensor(ids), Documents([len(ids)]))[-1].argmax())
+        ids.append(token)
+    assert len(drawn) == 20
+
+
+def test_generation_is_repeatable_and_refuses_an_empty_prompt() -> None:
+    model = _model(SPARSE).eval()
+    first = list(generate(model, model, [1], 12, sampling=Sampling(seed=4)))
+    assert first == list(generate(model, model, [1], 12, sampling=Sampling(seed=4)))
+    assert first != list(generate(model, model, [1], 12, sampling=Sampling(seed=5)))
+    with pytest.raises(ValueError, match="prompt"):
+        list(generate(model, model, [], 1))
+
+
+def test_the_vocabulary_must_be_known() -> None:
+    with pytest.raises(ValueError, match="vocab_size"):
+        TinyOnn(replace(SPARSE, vocab_size=0))

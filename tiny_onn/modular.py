@@ -1,0 +1,210 @@
+"""Tiny-ONN, top to bottom: token embedding, L sparse blocks, norm, head.
+
+    x = embed(ids)
+    for each layer:  x += attention(norm(x));  x += ffn(norm(x)) modulated by DeepEmbed(ids)
+    loss = cross entropy(head(norm(x)), labels)
+
+Every sparse part has a dense counterpart by configuration: attention `nsa | full`, feed-forward
+`dynmoe | dense`, DeepEmbed `off | output | hidden`.
+
+Shapes: T tokens (documents packed end to end, no batch dimension), C width, V vocabulary, L layers,
+U unique ids in the batch, W width of a DeepEmbed vector (C or F), D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels import Documents
+from kernels.rows import RowIndex
+from tiny_onn.attention import Attention, AttentionConfig, Cache
+from tiny_onn.deepembed import DeepEmbedConfig, DeepEmbedScale, DeepEmbedTable, split_layers
+from tiny_onn.dynmoe import DynMoeConfig, build_ffn
+from tiny_onn.loss import Head
+from tiny_onn.norm_rope import RMSNorm, rope_tables
+
+
+@dataclass
+class ModelConfig:
+    """Sizes and kinds of the whole model; each part's configuration stands beside its code.
+
+    Attributes:
+        vocab_size: ids in the tokenizer; 0 takes it from the corpus.
+        width: residual width C.
+        layers: blocks L.
+        tie_embeddings: input embedding and output head share one matrix.
+        norm_eps: epsilon of every RMSNorm.
+        init_std: standard deviation of the embedding's and the projections' initial weights.
+        loss_chunk: tokens whose logits exist at once in the chunked cross entropy.
+        activation_checkpointing: recompute every block in the backward pass.
+    """
+
+    vocab_size: int = 0
+    width: int = 256
+    layers: int = 4
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    loss_chunk: int = 1024
+    activation_checkpointing: bool = False
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    ffn: DynMoeConfig = field(default_factory=DynMoeConfig)
+    deepembed: DeepEmbedConfig = field(default_factory=DeepEmbedConfig)
+
+    @property
+    def deepembed_width(self) -> int:
+        """W: channels that one DeepEmbed vector of one layer scales; 0 when it is off."""
+        return {"off": 0, "output": self.width, "hidden": self.ffn.hidden_width(self.width)}[
+            self.deepembed.kind
+        ]
+
+
+class ModelOutput(NamedTuple):
+    """Loss and what is needed to report it.
+
+    Attributes:
+        loss: 0-dim fp32, nll_sum * loss_scale: what goes into backward.
+        nll_sum: 0-dim fp32, detached, summed negative log-likelihood of all labels in nats.
+    """
+
+    loss: Tensor
+    nll_sum: Tensor
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind its norm, added to the residual stream."""
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.attention = Attention(cfg.attention, cfg.width)
+        self.ffn_norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.ffn = build_ffn(cfg.ffn, cfg.width)
+        self.deepembed = (
+            DeepEmbedScale(layer, cfg.deepembed_width) if cfg.deepembed.kind != "off" else None
+        )
+        self.scales_hidden = cfg.deepembed.kind == "hidden"
+
+    def forward(
+        self,
+        x_TC: Tensor,
+        cos_TD: Tensor,
+        sin_TD: Tensor,
+        docs: Documents | None,
+        loss_scale: Tensor,
+        values_UW: Tensor | None,
+        index: RowIndex | None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Return the residual stream after this layer, [T, C]; with a cache, T is one new token."""
+        x_TC = x_TC + self.attention(self.attention_norm(x_TC), cos_TD, sin_TD, docs, cache)
+        h_TC = self.ffn_norm(x_TC)
+        if self.deepembed is None or values_UW is None or index is None:
+            y_TC: Tensor = self.ffn(h_TC, None, loss_scale)
+        elif self.scales_hidden:
+            y_TC = self.ffn(h_TC, self.deepembed(values_UW, index), loss_scale)
+        else:
+            y_TC = self.deepembed.modulate(self.ffn(h_TC, None, loss_scale), values_UW, index)
+        return x_TC + y_TC
+
+
+class TokenEmbedding(nn.Module):
+    """The ordinary input embedding: id -> row of [V, C]."""
+
+    def __init__(self, vocab_size: int, width: int, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        nn.init.normal_(self.weight, std=std)
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        """Look up [T] ids; returns [T, C]."""
+        return nn.functional.embedding(ids_T, self.weight)
+
+
+class TinyOnn(nn.Module):
+    """The language model."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        """Build with weights drawn from the global generator; raises ValueError on bad sizes."""
+        super().__init__()
+        if cfg.vocab_size < 1:
+            raise ValueError("model.vocab_size must be set (0 is resolved from the corpus first)")
+        self.cfg = cfg
+        self.embedding = TokenEmbedding(cfg.vocab_size, cfg.width, cfg.init_std)
+        self.deepembed_table = (
+            DeepEmbedTable(cfg.vocab_size, cfg.layers * cfg.deepembed_width, cfg.deepembed)
+            if cfg.deepembed.kind != "off" and cfg.deepembed.partition == "zero3"
+            else None
+        )
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
+        self.norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.head = Head(
+            cfg.vocab_size,
+            cfg.width,
+            cfg.init_std,
+            self.embedding.weight if cfg.tie_embeddings else None,
+            cfg.loss_chunk,
+        )
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        labels_T: Tensor | None,
+        docs: Documents | None,
+        loss_scale: Tensor,
+        values_UW: Tensor | None = None,
+        index: RowIndex | None = None,
+        caches: list[Cache] | None = None,
+    ) -> ModelOutput | Tensor:
+        """Run the model over packed documents, or over one new token with caches.
+
+        Args:
+            ids_T: token ids, int64 [T].
+            labels_T: next-token ids with -100 where there is none, int64 [T]; None asks for logits.
+            docs: document boundaries of the T tokens; None with caches.
+            loss_scale: fp32 0-dim, d(loss for backward)/d(nll of one token), averaging included.
+            values_UW: DeepEmbed rows of the batch's unique ids [U, L*W] (`rows` partition only).
+            index: which of the U rows each token uses.
+            caches: one per layer for decoding; ids_T then holds one token.
+
+        Returns:
+            ModelOutput, or fp32 logits [T, V] when labels_T is None.
+        """
+        if caches is not None:
+            positions_T = torch.tensor([caches[0].length], device=ids_T.device)
+        else:
+            assert docs is not None
+            positions_T = docs.positions
+        if self.deepembed_table is not None:
+            values_UW, index = self.deepembed_table(ids_T)
+        layers: Sequence[Tensor | None] = [None] * self.cfg.layers
+        if self.cfg.deepembed.kind != "off":
+            if values_UW is None:
+                raise ValueError("this model has a DeepEmbed table: pass values_UW and index")
+            layers = split_layers(values_UW, self.cfg.layers)
+        x_TC = self.embedding(ids_T)
+        attention = self.cfg.attention
+        cos_TD, sin_TD = rope_tables(positions_T, attention.rope_dim, attention.rope_theta)
+        for i, block in enumerate(self.blocks):
+            inputs = (x_TC, cos_TD, sin_TD, docs, loss_scale, layers[i], index)
+            if self.cfg.activation_checkpointing and torch.is_grad_enabled():
+                x_TC = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x_TC = block(*inputs, caches[i] if caches is not None else None)
+        x_TC = self.norm(x_TC)
+        if labels_T is None:
+            logits_TV: Tensor = self.head(x_TC)
+            return logits_TV
+        nll_sum = self.head(x_TC, labels_T)
+        return ModelOutput(nll_sum * loss_scale, nll_sum.detach())
+
+    def new_caches(self) -> list[Cache]:
+        """Return an empty decoding cache for every layer."""
+        attentions = (m for m in self.modules() if isinstance(m, Attention))
+        return [attention.new_cache() for attention in attentions]
