@@ -5,6 +5,8 @@ Shapes: T tokens packed, C width, H heads, D head dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -50,11 +52,35 @@ def rope_tables(
     return angle_TD.cos().float(), angle_TD.sin().float()
 
 
-def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + D/2) of [T, H, D] by the tables' angles; returns x's dtype."""
+class _Rope(torch.autograd.Function):
+    """Backward is the rotation by the opposite angle: no activation is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TD, sin_TD)
+        return _turn(x_THD, cos_TD, sin_TD, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor, None, None]:
+        cos_TD, sin_TD = ctx.saved_tensors
+        return _turn(grad_THD, cos_TD, sin_TD, -1), None, None
+
+
+def _turn(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, sign: int) -> Tensor:
     wide = torch.promote_types(x_THD.dtype, torch.float32)
-    x = x_THD.to(wide)
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    cos, sin = cos_TD[:, None].to(wide), sin_TD[:, None].to(wide)
-    return (x * cos + turned * sin).to(x_THD.dtype)
+    x, half = x_THD.to(wide), x_THD.shape[-1] // 2
+    cos, sin = cos_TD[:, None].to(wide), sin_TD[:, None, :half].to(wide)
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin, value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sin, value=sign)
+    return out.to(x_THD.dtype)
+
+
+def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Turn the channel pairs (i, i + D/2) of [T, H, D] by the tables' angles, in fp32.
+
+    Returns:
+        [T, H, D] in x's dtype; differentiable in x, not in the tables.
+    """
+    out: Tensor = _Rope.apply(x_THD, cos_TD, sin_TD)  # type: ignore[no-untyped-call]
+    return out

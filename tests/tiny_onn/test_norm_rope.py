@@ -60,3 +60,9 @@ def test_bf16_comes_back_as_bf16_and_an_odd_width_is_refused():
     assert apply_rope(torch.randn(4, 1, 6).bfloat16(), cos, sin).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="head_dim must be even, got 5"):
         rope_tables(torch.arange(4), 5)
+
+
+def test_gradient_of_the_rotation_equals_finite_differences():
+    cos, sin = (t.double() for t in rope_tables(torch.tensor([0, 5, 9]), 6))
+    x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: apply_rope(x, cos, sin), (x,))
