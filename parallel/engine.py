@@ -27,6 +27,7 @@ from parallel.zero_setup import (
     build_optimizer,
     build_partitioned,
     deepspeed_config,
+    keep_gradients_in_memory,
     parameter_groups,
     prepare_swap_folder,
 )
@@ -90,19 +91,18 @@ class Engine:
         total_steps: int,
         tables: Sequence[Table] = (),
         *,
-        seed: int = 0,
         run: str = "run",
     ) -> None:
         """Build and partition the model; on all ranks together.
 
         Args:
-            build_model: constructs the module, initialising every weight where it creates it.
+            build_model: constructs the module, initialising every weight where it creates it,
+                from the global generator (rank 0's draws are everyone's).
             cfg: configuration.
             mesh: from `init_mesh()`.
             total_steps: optimizer steps of the run, for the schedule.
             tables: stepped with the module.
-            seed: of the initial weights.
-            run: names the run's sub-folder for swap files.
+            run: names the run's sub-folder of `offload.nvme_path`; one at a time may use it.
 
         Raises:
             ValueError: a configured value cannot be meant.
@@ -117,9 +117,10 @@ class Engine:
         deepspeed = load_deepspeed(mesh)
         if cfg.offload.uses_nvme:
             require_async_io(deepspeed)
-        swap = prepare_swap_folder(cfg, run, mesh)
+        # The lock lasts as long as the engine, or the process.
+        swap, self._swap_lock = prepare_swap_folder(cfg, run, mesh)
         config = deepspeed_config(cfg, self.dtype, self.device, swap, None)
-        self.module = build_partitioned(deepspeed, build_model, cfg, config, self.dtype, mesh, seed)
+        self.module = build_partitioned(deepspeed, build_model, cfg, config, self.dtype, mesh)
         parameters: dict[str, Any] = dict(self.module.named_parameters())
         numel = sum(p.ds_numel for p in parameters.values())
         groups = parameter_groups(self.module, cfg.optimizer.weight_decay)
@@ -129,6 +130,8 @@ class Engine:
             config=deepspeed_config(cfg, self.dtype, self.device, swap, numel),
         )
         self._zero = self._deepspeed.optimizer
+        if cfg.offload.optimizer == "nvme":
+            keep_gradients_in_memory(self._zero)
         self._state = DenseState(self.module, self._zero, mesh.rank, mesh.world)
         self._held_ids = {
             p.ds_id: name

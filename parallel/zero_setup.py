@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from parallel.engine_config import EngineConfig
 from parallel.mesh import Mesh
@@ -79,15 +80,39 @@ def deepspeed_config(
     return config
 
 
-def prepare_swap_folder(cfg: EngineConfig, run: str, mesh: Mesh) -> Path:
-    """Return this run's swap folder, emptied by one rank of every machine; nothing without NVMe."""
+def prepare_swap_folder(cfg: EngineConfig, run: str, mesh: Mesh) -> tuple[Path, IO[str] | None]:
+    """Empty this run's swap folder on every machine; does nothing without NVMe offload.
+
+    Returns:
+        The folder, and on one rank of each machine a file that keeps it locked while open.
+
+    Raises:
+        EngineError: another live run uses the folder, or it cannot be made.
+    """
     folder = Path(cfg.offload.nvme_path) / f"tiny-onn-{run}"
-    if cfg.offload.uses_nvme:
-        if mesh.local_rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-    return folder
+    if not cfg.offload.uses_nvme:
+        return folder, None
+    lock, problem = None, ""
+    if mesh.local_rank == 0:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = folder.with_name(folder.name + ".lock").open("a")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir()
+        except BlockingIOError:
+            problem = (
+                f"rank {mesh.rank}: swap folder {folder} is in use by another process; give the "
+                "runs different names, or offload.nvme_path different folders"
+            )
+        except OSError as e:
+            problem = f"rank {mesh.rank}: offload.nvme_path: {e}"
+    problems: list[Any] = [None] * mesh.world
+    dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise EngineError("\n".join(text for text in problems if text))
+    return folder, lock
 
 
 def build_partitioned(
@@ -97,16 +122,14 @@ def build_partitioned(
     config: dict[str, Any],
     dtype: torch.dtype,
     mesh: Mesh,
-    seed: int,
 ) -> nn.Module:
     """Build the model so that every module is partitioned as soon as it is constructed.
 
-    Weights are drawn in fp32 from the global generator under `seed` and rank 0's are broadcast, so
-    they do not depend on the world size. Then parameters take the compute type; buffers keep
-    theirs.
+    Weights are drawn in fp32 from the global generator, and rank 0's are broadcast, so they do not
+    depend on the world size. Then parameters take the compute type; buffers keep theirs.
 
     Raises:
-        EngineError: a parameter is frozen, or too large for the swap buffers.
+        EngineError: a parameter is frozen, 0-dimensional or too large for the swap buffers.
     """
     overrides = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
     init = deepspeed.zero.Init(
@@ -125,6 +148,11 @@ def build_partitioned(
                     f"parameter '{name}' of {type(module).__name__} does not require a gradient: "
                     "make it a buffer (ZeRO-3 would keep no state for it)"
                 )
+            if parameter.ndim == 0:
+                raise EngineError(
+                    f"parameter '{name}' of {type(module).__name__} is 0-dimensional, which "
+                    "DeepSpeed cannot partition: give it shape (1,)"
+                )
             needed = math.ceil(parameter.numel() / mesh.world)
             if cfg.offload.params == "nvme" and needed > cfg.offload.params_buffer_numel:
                 raise EngineError(
@@ -136,11 +164,8 @@ def build_partitioned(
         partition_module(module)
 
     init._post_init_method = cast_and_partition
-    devices = [mesh.device] if mesh.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        with init:
-            module = build_model()
+    with init:
+        module = build_model()
     # Buffers that a constructor did not build through torch's factories are still on the host.
     for buffer in module.buffers():
         buffer.data = buffer.data.to(mesh.device)
@@ -223,3 +248,34 @@ def build_optimizer(
         built: torch.optim.Optimizer = cpu_adam(groups, adamw_mode=True, **arguments)
         return built
     return torch.optim.AdamW(groups, fused=True, **arguments)
+
+
+def keep_gradients_in_memory(zero: Any) -> None:
+    """Keep DeepSpeed from sending gradients to disk under `offload.optimizer: nvme`.
+
+    It would write each parameter's gradient, then read it straight into the middle of a sub-group's
+    buffer. Where that address is not aligned for O_DIRECT, which is the rule, other numbers arrive,
+    without an error. The gradients are in host memory all the time anyway
+    (`grad_partitions_flat_buffer`), so that nothing is saved by the detour.
+
+    Args:
+        zero: DeepSpeedZeroOptimizer_Stage3 with an optimizer swapper.
+    """
+    swapper = zero.optimizer_swapper
+    sizes = zero.fp16_partitioned_groups_flat_numel
+    starts = {
+        swapper.parameter_id(flat): sum(sizes[:i])
+        for i, flat in enumerate(zero.fp32_partitioned_groups_flat)
+    }
+
+    def swap_out_gradients(
+        parameter: Any, gradient_offsets: list[int], gradient_tensors: list[Tensor]
+    ) -> None:
+        key = swapper.parameter_id(parameter)
+        # The host's view, as the tensors given may be on the device.
+        swapper.swap_params_info[key].unswapped_gradients |= {
+            offset: zero.grad_partitions_flat_buffer.narrow(0, starts[key] + offset, tensor.numel())
+            for offset, tensor in zip(gradient_offsets, gradient_tensors, strict=True)
+        }
+
+    swapper.swap_out_gradients = swap_out_gradients

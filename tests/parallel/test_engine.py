@@ -11,51 +11,28 @@ from torch import Tensor, nn
 
 from parallel.engine import (
     Engine,
-    EngineConfig,
     EngineError,
     OffloadConfig,
     OptimizerConfig,
-    ScheduleConfig,
-    StepResult,
     ZeroConfig,
 )
 from parallel.mesh import Mesh
 from parallel.zero_setup import parameter_groups
 from parallel.zero_state import full_tensors
-from tests.parallel.tiny import Lengths, TinyModel, global_batch, share
+from tests.parallel.tiny import (
+    LR,
+    Lengths,
+    Poisoned,
+    TinyModel,
+    build_engine,
+    config,
+    global_batch,
+    share,
+    train,
+)
 from tests.ranks import RankError, Ranks
 
 STEPS = 10
-LR = 1e-3
-# Everything is partitioned, however small.
-PARTITION_ALL = ZeroConfig(param_persistence_threshold=0)
-
-
-def config(**changes: Any) -> EngineConfig:
-    base: dict[str, Any] = {
-        "precision": "fp32",
-        "optimizer": OptimizerConfig(lr=LR, clip=0.5),
-        "schedule": ScheduleConfig(warmup=3),
-        "zero": PARTITION_ALL,
-    }
-    return EngineConfig(**(base | changes))
-
-
-def train(engine: Engine, first: int, last: int, accumulation: int = 1) -> list[StepResult]:
-    """Take steps [first, last) on the global batches of these numbers."""
-    results = []
-    for step in range(first, last):
-        ids, labels = global_batch(step)
-        for micro_batch in range(accumulation):
-            part = [share(t, engine.mesh, micro_batch, accumulation) for t in (ids, labels)]
-            scale = torch.tensor(engine.mesh.world / ids.numel())
-            output = engine.forward(*part, Lengths(part[0].numel()), scale)
-            assert type(output).__name__ == "Output"
-            engine.backward(output.loss)
-            result = engine.step()
-        assert result is not None
-        results.append(result)
-    return results
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
@@ -99,7 +76,7 @@ def _train_variants(mesh: Mesh, offload: OffloadConfig | None = None) -> dict[st
     }
     found = {}
     for name, (cfg, accumulation) in variants.items():
-        engine = Engine(TinyModel, cfg, mesh, 100)
+        engine = build_engine(TinyModel, cfg, mesh)
         results = train(engine, 0, STEPS, accumulation)
         found[name] = (weights(engine), [r.grad_norm for r in results], results[-1].lr)
     return found
@@ -118,7 +95,7 @@ def test_two_ranks_equal_torch_adamw_in_one_process(two_ranks: Ranks) -> None:
 
 
 def _train_alone(mesh: Mesh) -> tuple[dict[str, Tensor], list[float]]:
-    engine = Engine(TinyModel, config(), mesh, 100)
+    engine = build_engine(TinyModel, config(), mesh)
     return weights(engine), [r.grad_norm for r in train(engine, 0, 2)]
 
 
@@ -136,7 +113,7 @@ def _train_bf16(mesh: Mesh) -> dict[str, Any]:
     found = {}
     for reduce_dtype in ("fp32", "bf16"):
         zero = ZeroConfig(param_persistence_threshold=0, reduce_dtype=reduce_dtype)
-        engine = Engine(TinyModel, config(precision="bf16", zero=zero, accumulation=2), mesh, 100)
+        engine = build_engine(TinyModel, config(precision="bf16", zero=zero, accumulation=2), mesh)
         module: Any = engine.module
         types = module.gate.weight.dtype, module.seen.dtype, module.third.dtype
         ids, labels = global_batch(0)
@@ -189,9 +166,9 @@ def _train_with_tables(mesh: Mesh) -> list[tuple[Any, ...]]:
         for offload in ("none", "cpu"):
             optimizer = OptimizerConfig(lr=LR, clip=clip)
             cfg = config(optimizer=optimizer, offload=OffloadConfig(optimizer=offload))
-            alone = train(Engine(TinyModel, cfg, mesh, 100), 0, 1)[0]
+            alone = train(build_engine(TinyModel, cfg, mesh), 0, 1)[0]
             tables = [FixedTable(), FixedTable()]
-            joined = train(Engine(TinyModel, cfg, mesh, 100, tables), 0, 1)[0]
+            joined = train(build_engine(TinyModel, cfg, mesh, *tables), 0, 1)[0]
             found.append((clip, alone.grad_norm, joined.grad_norm, joined.lr, tables))
     return found
 
@@ -203,16 +180,6 @@ def test_tables_share_the_global_norm_and_the_clip_coefficient(two_ranks: Ranks)
             coefficient = clip / (joined + 1e-6) if clip else 1.0
             for table in tables:
                 assert table.calls == [(lr, pytest.approx(coefficient))]
-
-
-class Poisoned(TinyModel):
-    """Gives gradients that are not finite on one rank only, when told to."""
-
-    poison = 0.0
-
-    def forward(self, *args: Any) -> Any:
-        output = super().forward(*args)
-        return output._replace(loss=output.loss + self.poison * self.gate.weight.sum())
 
 
 SKIP_CASES: dict[str, dict[str, Any]] = {
@@ -230,7 +197,7 @@ SKIP_CASES: dict[str, dict[str, Any]] = {
 def _skip(mesh: Mesh) -> None:
     for name, changes in SKIP_CASES.items():
         table = FixedTable()
-        engine = Engine(Poisoned, config(**changes), mesh, 100, [table])
+        engine = build_engine(Poisoned, config(**changes), mesh, table)
         accumulation = engine.cfg.accumulation
         train(engine, 0, 3, accumulation)
         before, meta = engine.local_state()
@@ -253,7 +220,7 @@ def _skip(mesh: Mesh) -> None:
         table.squared, engine.module.poison = 9.0, 0.0  # type: ignore[assignment]
         skipped = train(engine, 4, 7, accumulation)
         # The same run without the bad steps.
-        clean = Engine(Poisoned, config(**changes), mesh, 100, [FixedTable()])
+        clean = build_engine(Poisoned, config(**changes), mesh, FixedTable())
         train(clean, 0, 3, accumulation)
         assert [r.grad_norm for r in train(clean, 4, 7, accumulation)] == [
             r.grad_norm for r in skipped
@@ -281,13 +248,14 @@ def test_decay_is_for_matrices_and_marks_on_parameters_are_honoured() -> None:
             "embedding.weight",
             "gate.weight",
             "head.bias",
+            "sharpness",
             *(f"blocks.{i}.norm.{part}" for i in range(2) for part in ("weight", "bias")),
         },
     }
 
 
 def _marks(mesh: Mesh) -> list[tuple[float, float, int]]:
-    engine = Engine(TinyModel, config(), mesh, 100)
+    engine = build_engine(TinyModel, config(), mesh)
     groups = parameter_groups(engine.module, 0.1)
     return [(g["weight_decay"], g["lr_multiplier"], len(g["params"])) for g in groups]
 
@@ -306,14 +274,22 @@ class Frozen(nn.Module):
         self.weight = nn.Parameter(torch.ones(3), requires_grad=False)
 
 
+class Scalar(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tau = nn.Parameter(torch.ones(()))
+
+
 def _refusals(mesh: Mesh) -> None:
     with pytest.raises(EngineError, match="'weight' of Frozen does not require a gradient"):
-        Engine(Frozen, config(), mesh, 100)
+        build_engine(Frozen, config(), mesh)
+    with pytest.raises(EngineError, match=r"'tau' of Scalar is 0-dim.*shape \(1,\)"):
+        build_engine(Scalar, config(), mesh)
     with pytest.raises(EngineError, match="kernel deepspeed is a CPU kernel"):
-        Engine(TinyModel, config(optimizer=OptimizerConfig(kernel="deepspeed")), mesh, 100)
+        build_engine(TinyModel, config(optimizer=OptimizerConfig(kernel="deepspeed")), mesh)
     with pytest.raises(ValueError, match=r"needs offload\.nvme_path"):
-        Engine(TinyModel, config(offload=OffloadConfig(optimizer="nvme")), mesh, 100)
-    engine = Engine(TinyModel, config(accumulation=2), mesh, 100)
+        build_engine(TinyModel, config(offload=OffloadConfig(optimizer="nvme")), mesh)
+    engine = build_engine(TinyModel, config(accumulation=2), mesh)
     ids, labels = global_batch(0)
     output = engine.forward(ids, labels, Lengths(ids.numel()), torch.tensor(1.0))
     engine.backward(output.loss)
@@ -333,7 +309,7 @@ class Unused(TinyModel):
 
 
 def _train_unused(mesh: Mesh) -> None:
-    train(Engine(Unused, config(), mesh, 100), 0, 1)
+    train(build_engine(Unused, config(), mesh), 0, 1)
 
 
 def test_parameter_without_a_gradient_is_named(two_ranks: Ranks) -> None:

@@ -1,16 +1,25 @@
-"""A language model of four layers and its data, for tests of the engine."""
+"""A small language model, its data and its training, for tests of the engine."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from parallel.engine import (
+    Engine,
+    EngineConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    StepResult,
+    ZeroConfig,
+)
 from parallel.mesh import Mesh
 
 VOCABULARY = 50
+LR = 1e-3
 
 
 class Output(NamedTuple):
@@ -48,7 +57,10 @@ class Block(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """Odd sizes, so that partitions need padding; a tied head; a buffer that forward changes."""
+    """Odd sizes, so that partitions need padding, and one element, which all ranks but one lack.
+
+    The head is tied, and forward changes a buffer.
+    """
 
     seen: Tensor
     third: Tensor
@@ -63,6 +75,7 @@ class TinyModel(nn.Module):
         self.gate.weight.no_decay = True  # type: ignore[attr-defined]
         self.head = nn.Linear(width, vocabulary)
         self.head.weight = self.embedding.weight
+        self.sharpness = nn.Parameter(torch.ones(1))
         self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
         self.register_buffer("third", torch.full((3,), 1 / 3), persistent=False)
         self.reentrant = reentrant
@@ -77,7 +90,8 @@ class TinyModel(nn.Module):
             else:
                 x = block(x, lengths)
         x = x * torch.sigmoid(self.gate(x))
-        nll = nn.functional.cross_entropy(self.head(x).float(), labels_T, reduction="sum")
+        logits = self.head(x).float() * self.sharpness
+        nll = nn.functional.cross_entropy(logits, labels_T, reduction="sum")
         return Output(nll * scale, nll.detach())
 
 
@@ -93,3 +107,47 @@ def global_batch(
 def share(tensor: Tensor, mesh: Mesh, micro_batch: int = 0, accumulation: int = 1) -> Tensor:
     """Return this rank's part of a micro-batch."""
     return tensor.chunk(mesh.world * accumulation)[micro_batch * mesh.world + mesh.rank]
+
+
+class Poisoned(TinyModel):
+    """Gives gradients that are not finite on one rank only, when told to."""
+
+    poison = 0.0
+
+    def forward(self, *args: Any) -> Any:
+        output = super().forward(*args)
+        return output._replace(loss=output.loss + self.poison * self.gate.weight.sum())
+
+
+def config(**changes: Any) -> EngineConfig:
+    base: dict[str, Any] = {
+        "precision": "fp32",
+        "optimizer": OptimizerConfig(lr=LR, clip=0.5),
+        "schedule": ScheduleConfig(warmup=3),
+        # Everything is partitioned, however small.
+        "zero": ZeroConfig(param_persistence_threshold=0),
+    }
+    return EngineConfig(**(base | changes))
+
+
+def build_engine(model: Any, cfg: EngineConfig, mesh: Mesh, *tables: Any, **more: Any) -> Engine:
+    """Build an engine for a run of 100 steps, its weights drawn under seed 0."""
+    torch.manual_seed(more.pop("seed", 0))
+    return Engine(model, cfg, mesh, 100, tables, **more)
+
+
+def train(engine: Engine, first: int, last: int, accumulation: int = 1) -> list[StepResult]:
+    """Take steps [first, last) on the global batches of these numbers."""
+    results = []
+    for step in range(first, last):
+        ids, labels = global_batch(step)
+        for micro_batch in range(accumulation):
+            part = [share(t, engine.mesh, micro_batch, accumulation) for t in (ids, labels)]
+            scale = torch.tensor(engine.mesh.world / ids.numel())
+            output = engine.forward(*part, Lengths(part[0].numel()), scale)
+            assert type(output).__name__ == "Output"
+            engine.backward(output.loss)
+            result = engine.step()
+        assert result is not None
+        results.append(result)
+    return results

@@ -1,0 +1,260 @@
+"""Checkpoint folders as files: names, manifest, hashes, commit marker. Needs no process group.
+
+    checkpoints/step-00000100/
+        rank-00000.dense.safetensors    one file per rank and kind of state
+        rank-00000.json                 that rank's plain state (loader cursor, …)
+        manifest.json                   world size, size and SHA-256 of every file, the run's meta
+        COMMITTED                       SHA-256 of manifest.json; written last, after every fsync
+
+A folder counts only with its marker, and only while every file is as the manifest says. Nothing in
+it is code: loading a stranger's checkpoint parses safetensors and JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MARKER = "COMMITTED"
+REPLACED = ".replaced"
+"""Suffix of a committed folder while its step is written anew."""
+
+_FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, found or read; names the file and the remedy."""
+
+
+def folder_name(step: int) -> str:
+    """Return the folder of a step, as in step-00000100."""
+    return f"step-{step:08d}"
+
+
+def rank_file(rank: int, kind: str) -> str:
+    """Return the name of a rank's tensors of one kind (letters, digits, dots, dashes)."""
+    if not re.fullmatch(r"[\w.-]+", kind):
+        raise ValueError(f"checkpoint: kind {kind!r} cannot be part of a file name")
+    return f"rank-{rank:05d}.{kind}.safetensors"
+
+
+def rank_meta_file(rank: int) -> str:
+    """Return the name of a rank's plain state."""
+    return f"rank-{rank:05d}.json"
+
+
+def folders(root: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of everything under `root` named like a checkpoint, newest first."""
+    if not root.is_dir():
+        return []
+    found = []
+    for path in root.iterdir():
+        match = _FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), match[2] is None, path))
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def is_committed(path: Path) -> bool:
+    """Whether the folder has its commit marker."""
+    return (path / MARKER).is_file()
+
+
+def sync(path: Path) -> None:
+    """Make a file's contents, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file's contents, in hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write and sync a safetensors file; return its manifest entry.
+
+    Raises:
+        CheckpointError: the file cannot be written; says how much space is left.
+    """
+    try:
+        safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, path)
+        return _entry(path)
+    except (SafetensorError, OSError) as e:
+        raise _write_error(path, e) from e
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Write and sync a JSON file; return its manifest entry.
+
+    Raises:
+        CheckpointError: not JSON, or the file cannot be written; says how much space is left.
+    """
+    try:
+        text = json.dumps(value, indent=1)
+    except TypeError as e:
+        raise CheckpointError(f"{path.name}: only plain values can be saved as JSON: {e}") from e
+    return write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> dict[str, Any]:
+    """Write and sync a text file; return its manifest entry; raises like `write_json`."""
+    try:
+        path.write_text(text)
+        return _entry(path)
+    except OSError as e:
+        raise _write_error(path, e) from e
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    sync(path)
+    return {"size": path.stat().st_size, "sha256": digest(path)}
+
+
+def _write_error(path: Path, error: Exception) -> CheckpointError:
+    free = shutil.disk_usage(path.parent).free
+    return CheckpointError(
+        f"{path}: cannot be written: {error} ({free:,} bytes free there). Free some space, keep "
+        "fewer checkpoints (checkpoint.keep_last, checkpoint.keep_every) or move the run's folder"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises CheckpointError naming the file when it is not one."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: cannot be read: {e}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {type(value).__name__} instead of a JSON object")
+    return value
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a committed folder's manifest and check it against the marker.
+
+    Raises:
+        CheckpointError: no marker, a damaged manifest, or a format of another version.
+    """
+    if not is_committed(path):
+        raise CheckpointError(f"{path}: has no {MARKER} marker: its writing was never finished")
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        raise CheckpointError(f"{manifest}: missing")
+    expected, found = (path / MARKER).read_text().strip(), digest(manifest)
+    if found != expected:
+        raise CheckpointError(f"{manifest}: SHA-256 {found[:12]}… is not {expected[:12]}…")
+    values = read_json(manifest)
+    if values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{manifest}: format {values.get('format')}; this version reads {FORMAT}"
+        )
+    return values
+
+
+def check_file(path: Path, entry: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a file of the manifest, or None."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path}: missing"
+    if size != entry["size"]:
+        return f"{path}: {size:,} bytes instead of {entry['size']:,}"
+    try:
+        found = digest(path)
+    except OSError as e:
+        return f"{path}: cannot be read: {e}"
+    if found != entry["sha256"]:
+        return f"{path}: SHA-256 {found[:12]}… is not {entry['sha256'][:12]}…"
+    return None
+
+
+def verify(path: Path) -> list[str]:
+    """Check a checkpoint folder completely; return its problems, none when it can be used."""
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as e:
+        return [str(e)]
+    checks = (check_file(path / name, entry) for name, entry in manifest["files"].items())
+    return [problem for problem in checks if problem]
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A folder that `list_checkpoints` found.
+
+    Attributes:
+        step: optimizer steps it was saved after.
+        path: the folder.
+        committed: has its marker; `verify` tells whether it is intact.
+        size: bytes of all files together.
+    """
+
+    step: int
+    path: Path
+    committed: bool
+    size: int
+
+
+def list_checkpoints(root: Path) -> list[CheckpointInfo]:
+    """Return the checkpoints under a run's `checkpoints` folder, oldest first, unfinished too."""
+    return [
+        CheckpointInfo(
+            step,
+            path,
+            is_committed(path),
+            sum(f.stat().st_size for f in path.iterdir() if f.is_file()),
+        )
+        for step, path in reversed(folders(root))
+    ]
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint folder, its marker first, so that no half of it ever counts."""
+    (path / MARKER).unlink(missing_ok=True)
+    sync(path)
+    shutil.rmtree(path)
+
+
+class ShardFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name; each is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file; raises CheckpointError when it is missing or not safetensors."""
+        try:
+            file: Any = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{path}: cannot be read: {e}") from e
+        self._file, self._keys, self._path = file, list(file.keys()), path
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Read one tensor."""
+        if key not in self._keys:
+            raise KeyError(f"{self._path} has no tensor '{key}'")
+        tensor: Tensor = self._file.get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._keys)
