@@ -7,8 +7,10 @@ rate; the rate is `peak_tflops` (H100 and H200 SXM: 989).
 
 from __future__ import annotations
 
+import argparse
 import json as json_module
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,9 +48,17 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
 
     Each launch runs alone on the outputs of one complete forward; `configs` replaces the table.
     """
-    from kernels.nsa import triton_ops as ops
+    from kernels.nsa.triton_compress import compress, compress_backward
     from kernels.nsa.triton_config import kernel_configs
+    from kernels.nsa.triton_delta import branch_deltas
+    from kernels.nsa.triton_interval import interval_forward
+    from kernels.nsa.triton_interval_grad_kv import interval_grad_kv
+    from kernels.nsa.triton_interval_grad_q import interval_grad_q
     from kernels.nsa.triton_layout import packed_layout
+    from kernels.nsa.triton_ops import list_tokens
+    from kernels.nsa.triton_select import block_lists, select_blocks
+    from kernels.nsa.triton_selected import selected_forward
+    from kernels.nsa.triton_selected_grad import selected_backward
 
     q, kc, vc, ks, vs, kw, vw, gates, *maps = (x.detach() for x in case.tensors)
     T, H, D = q.shape
@@ -58,8 +68,8 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
     scale = D**-0.5
     token, seen = layout.tokens, layout.window
     maps = maps or [None] * 4  # type: ignore[list-item]
-    k = ops.compress(kc, maps[0], maps[1], layout, spec)
-    v = ops.compress(vc, maps[2], maps[3], layout, spec)
+    k = compress(kc, maps[0], maps[1], layout, spec)
+    v = compress(vc, maps[2], maps[3], layout, spec)
     lse = torch.empty(2, H, T, dtype=torch.float32, device=q.device)
 
     def interval(branch: int) -> Tensor:
@@ -67,39 +77,39 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
             (k, v, token[2], token[3]) if branch == 0 else (kw, vw, seen[0], seen[1])
         )
         tile = configs.window_forward if branch else configs.forward
-        return ops.interval_forward(q, keys, values, low, high, lse[branch], scale, tile)
+        return interval_forward(q, keys, values, low, high, lse[branch], scale, tile)
 
     compressed, window = interval(0), interval(1)
-    chunk = ops.list_tokens(T, H, spec, configs)
-    selected, keys = ops.select_blocks(q, k, lse[0], layout, spec, scale, chunk, configs)
-    lists = ops.block_lists(keys, layout.n_blocks, chunk)
+    chunk = list_tokens(T, H, spec, configs)
+    selected, keys = select_blocks(q, k, lse[0], layout, spec, scale, chunk, configs)
+    lists = block_lists(keys, layout.n_blocks, chunk)
 
     def forward_selected() -> tuple[Tensor, Tensor, Tensor]:
-        return ops.selected_forward(
+        return selected_forward(
             q, ks, vs, gates, compressed, window, selected, lists, layout, spec, scale, configs
         )
 
     out, slc, lse_slc = forward_selected()
     do = torch.randn_like(out)
-    delta, folded, delta_slc, folded_slc, _ = ops.branch_deltas(
+    delta, folded, delta_slc, folded_slc, _ = branch_deltas(
         do, compressed, slc, window, gates, lse, lse_slc, configs
     )
     dq = torch.empty_like(q)
 
     def grad_q(first: bool, second: bool) -> None:
-        ops.interval_grad_q(
+        interval_grad_q(
             dq, q, do, (k, v, token[2], token[3]), (kw, vw, seen[0], seen[1]), folded, delta,
             scale, configs.grad_q, branches=(first, second), add=True,
         )  # fmt: skip
 
     def grad_window() -> tuple[Tensor, Tensor]:
-        return ops.interval_grad_kv(
+        return interval_grad_kv(
             q, kw, vw, do, folded[1], delta[1], seen[2], seen[3], scale,
             configs.window_grad_kv, splits=1,
         )  # fmt: skip
 
     def grad_compressed() -> tuple[Tensor, Tensor]:
-        return ops.interval_grad_kv(
+        return interval_grad_kv(
             q, k, v, do, folded[0], delta[0], layout.slots[2], layout.slots[3], scale,
             configs.grad_kv, splits=H // G,
         )  # fmt: skip
@@ -107,12 +117,12 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
     dk, dv = grad_compressed()
 
     def compress_both() -> None:
-        ops.compress(kc, maps[0], maps[1], layout, spec)
-        ops.compress(vc, maps[2], maps[3], layout, spec)
+        compress(kc, maps[0], maps[1], layout, spec)
+        compress(vc, maps[2], maps[3], layout, spec)
 
     def compress_both_backward() -> None:
-        ops.compress_backward(dk, kc, maps[0], maps[1], layout, spec)
-        ops.compress_backward(dv, vc, maps[2], maps[3], layout, spec)
+        compress_backward(dk, kc, maps[0], maps[1], layout, spec)
+        compress_backward(dv, vc, maps[2], maps[3], layout, spec)
 
     pairs_c, pairs_s, pairs_w = (2.0 * H * x for x in visible_pairs(case.docs, spec))
     phi = 2.0 * layout.n_slots * G * spec.block * (D * D + DV * DV) if maps[0] is not None else 0.0
@@ -120,20 +130,20 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
         "compress": (compress_both, phi),
         "compressed": (lambda: interval(0), pairs_c * (D + DV)),
         "importance+topk": (
-            lambda: ops.select_blocks(q, k, lse[0], layout, spec, scale, chunk, configs),
+            lambda: select_blocks(q, k, lse[0], layout, spec, scale, chunk, configs),
             pairs_c * D,
         ),
-        "lists": (lambda: ops.block_lists(keys, layout.n_blocks, chunk), 0.0),
+        "lists": (lambda: block_lists(keys, layout.n_blocks, chunk), 0.0),
         "selected+merge": (forward_selected, pairs_s * (D + DV)),
         "window": (lambda: interval(1), pairs_w * (D + DV)),
     }
     backward: dict[str, Stage] = {
         "delta": (
-            lambda: ops.branch_deltas(do, compressed, slc, window, gates, lse, lse_slc, configs),
+            lambda: branch_deltas(do, compressed, slc, window, gates, lse, lse_slc, configs),
             0.0,
         ),
         "selected+merge": (
-            lambda: ops.selected_backward(
+            lambda: selected_backward(
                 dq, q, ks, vs, do, folded_slc, delta_slc, selected, lists, layout, spec,
                 scale, configs,
             ),
@@ -149,11 +159,15 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
     return forward, backward
 
 
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 def milliseconds(launch: Callable[[], Any], rounds: int = 5, warmup: int = 1) -> float:
     """Median time of one launch by CUDA events."""
-    times = []
+    times: list[float] = []
     for i in range(warmup + rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = _event(), _event()
         start.record()
         launch()
         end.record()
@@ -175,20 +189,19 @@ class _Pair:
     def once(self, record: bool) -> None:
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        events = [_event() for _ in range(4)]
         events[0].record()
         out = self.run()
         events[1].record()
         do = torch.randn_like(out)
-        middle = torch.cuda.Event(enable_timing=True)
-        middle.record()
-        torch.autograd.grad(out, self.leaves, do)
         events[2].record()
-        events[2].synchronize()
+        torch.autograd.grad(out, self.leaves, do)
+        events[3].record()
+        events[3].synchronize()
         self.peak = max(self.peak, torch.cuda.max_memory_allocated() - base)
         if record:
             self.forward.append(events[0].elapsed_time(events[1]))
-            self.backward.append(middle.elapsed_time(events[2]))
+            self.backward.append(events[2].elapsed_time(events[3]))
 
     @property
     def median(self) -> tuple[float, float]:
@@ -202,17 +215,16 @@ def _dense(backend: str, case: Case) -> _Pair:
     chosen = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[backend]
     leaves = [x.detach().requires_grad_() for x in case.tensors[:3]]
     H, G = leaves[0].shape[1], leaves[1].shape[1]
+    lengths = list(case.docs.lengths)
 
     def run() -> Tensor:
-        parts = [x.split(case.docs.lengths) for x in leaves]
+        parts = [torch.split(x.transpose(0, 1)[None], lengths, dim=2) for x in leaves]
         with sdpa_kernel(chosen):
             outputs = [
-                F.scaled_dot_product_attention(
-                    *(x.transpose(0, 1)[None] for x in qkv), is_causal=True, enable_gqa=H != G
-                )[0].transpose(0, 1)
-                for qkv in zip(*parts, strict=True)
+                F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
+                for q, k, v in zip(*parts, strict=True)
             ]
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
     return _Pair(run, leaves)
 
@@ -266,8 +278,10 @@ CHECKS: tuple[dict[str, Any], ...] = (
     {"lengths": [1, 15, 31, 32, 33, 63, 64, 65, 127, 1000], "heads": 8, "groups": 2, "dim": 64},
     {"lengths": [700, 1, 1200], "heads": 4, "groups": 2, "dim": 96, "mean": True},
     {"lengths": [129, 1500], "heads": 4, "groups": 4, "dim": 128},
-    {"lengths": [777], "heads": 16, "groups": 2, "dim": 192, "value_dim": 128},
-    {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "magnitude": 1e3},
+    {"lengths": [1, 200, 4096], "heads": 16, "groups": 1, "dim": 128},
+    {"lengths": [900], "heads": 4, "groups": 2, "dim": 64},
+    {"lengths": [900], "heads": 8, "groups": 1, "dim": 96},
+    {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "magnitude": 3e3},
     {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "equal": True},
 )
 
@@ -330,3 +344,28 @@ def print_times(result: dict[str, Any]) -> None:
             f"{row['tflops']:6.0f} TFLOP/s {100 * row['of_floor']:3.0f}%" if row["tflops"] else ""
         )
         print(f"{name:>32} {row['ms']:9.3f} {rate}", flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `tiny-onn bench attention`."""
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536])
+    parser.add_argument("--heads", type=int, default=64, help="query heads")
+    parser.add_argument("--groups", type=int, default=4, help="KV groups")
+    parser.add_argument("--dim", type=int, default=128, help="head dimension")
+    parser.add_argument("--check", action="store_true", help="compare with fp64 first")
+    parser.add_argument("--json", type=Path, default=None, help="write everything to this file")
+    parser.add_argument("--rounds", type=int, default=5, help="timed launches of each")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the options and run `bench_attention`."""
+    parser = argparse.ArgumentParser(
+        prog="tiny-onn bench attention",
+        description="example: tiny-onn bench attention --lengths 8192 65536 --json out.json",
+    )
+    add_arguments(parser)
+    return bench_attention(**vars(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -127,7 +127,7 @@ def nsa_attention_triton(
     )
     wk, pk = (None, None) if phi_k is None else phi_k
     wv, pv = (None, None) if phi_v is None else phi_v
-    result = nsa_forward(
+    result: list[Tensor] = nsa_forward(
         q.contiguous(), *kv, wk, pk, wv, pv, gates_TH3.contiguous(),
         [layout.tokens, layout.window, layout.slots, layout.blocks],
         [layout.n_blocks, layout.n_slots, layout.longest_blocks, layout.extra_blocks],

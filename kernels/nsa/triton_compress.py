@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.nsa.spec import NsaSpec
+from kernels.nsa.triton_config import pow2
 from kernels.nsa.triton_layout import PackedLayout
 
 
@@ -171,10 +172,6 @@ def compress_grad_w_kernel(
     tl.store(out, acc, mask=(d < D)[:, None] & (e < E)[None, :])
 
 
-def _pow2(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
-
-
 def _schedule(warps: int, stages: int, D: int, E: int) -> dict[str, int]:
     """Warps and pipeline stages; maps wider than 128 fill shared memory with a single stage."""
     if max(D, E) > 128:
@@ -215,8 +212,8 @@ def compress(
         L=spec.block,
         D=D,
         E=E,
-        BD=_pow2(D),
-        BE=_pow2(E),
+        BD=pow2(D),
+        BE=pow2(E),
         BN=BN,
         MEAN=weight_lDE is None,
         **_schedule(4, 3, D, E),
@@ -240,7 +237,7 @@ def compress_backward(
     dx = x_TGD.new_empty(T, G, D)
     mean = weight_lDE is None or position_lD is None
     weight = x_TGD if weight_lDE is None else weight_lDE.to(x_TGD.dtype).contiguous()
-    sizes = {"D": D, "E": E, "BD": _pow2(D), "BE": _pow2(E), "BN": BN}
+    sizes = {"D": D, "E": E, "BD": pow2(D), "BE": pow2(E), "BN": BN}
     compress_grad_x_kernel[(triton.cdiv(NC, BN), spec.stride, G)](
         dout,
         weight,

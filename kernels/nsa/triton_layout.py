@@ -114,7 +114,7 @@ def _build(docs: Documents, spec: NsaSpec) -> PackedLayout:
     ).to(torch.int32)
     if docs.device.type == "cuda":
         flat = flat.pin_memory().to(docs.device, non_blocking=True)
-    parts = flat.split(sizes)
+    parts = torch.split(flat, sizes)
     return PackedLayout(
         tokens=parts[0].view(4, -1),
         window=parts[1].view(4, -1),

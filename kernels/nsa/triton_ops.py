@@ -29,7 +29,9 @@ SPEC_FIELDS = ("block", "stride", "select", "selected", "initial", "local", "win
 def _unpack(
     layout: list[Tensor], counts: list[int], sizes: list[int]
 ) -> tuple[PackedLayout, NsaSpec]:
-    return PackedLayout(*layout, *counts), NsaSpec(**dict(zip(SPEC_FIELDS, sizes, strict=True)))
+    tokens, window, slots, blocks = layout
+    shape = PackedLayout(tokens, window, slots, blocks, *counts)
+    return shape, NsaSpec(**dict(zip(SPEC_FIELDS, sizes, strict=True)))
 
 
 def list_tokens(T: int, H: int, spec: NsaSpec, configs: KernelConfigs) -> int:

@@ -1,0 +1,108 @@
+"""Runs NSA's Triton kernels in Triton's interpreter, on CPU, and prints what was wrong as JSON.
+
+A process of its own, because TRITON_INTERPRET is read when kernels are defined. Uninitialised
+memory is NaN here, so that an element that no kernel wrote shows in the result.
+
+    TRITON_INTERPRET=1 python -m tests.kernels.nsa_triton_worker NAME...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from kernels.nsa.spec import NsaSpec
+from kernels.nsa.triton_api import nsa_attention_triton
+from kernels.nsa.triton_check import compare, random_case
+
+SMALL = NsaSpec(block=8, stride=4, select=16, selected=4, initial=1, local=2, window=24)
+
+
+def check(lengths: list[int], floor: float = 1e-5, **kwargs: Any) -> list[str]:
+    """Compare with the references in fp32; return what is off."""
+    spec = kwargs.pop("spec", SMALL)
+    case = random_case(lengths, spec=spec, dtype=torch.float32, device="cpu", **kwargs)
+    return compare(case, nsa_attention_triton).failures(gap=1e-5, floor=floor)
+
+
+def repeats() -> list[str]:
+    """Run forward and backward twice and compare bit for bit."""
+    case = random_case([3, 36], 1, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
+    results = []
+    for _ in range(2):
+        out = nsa_attention_triton(*case.arguments())  # type: ignore[arg-type]
+        results.append([out, *torch.autograd.grad(out, case.tensors, torch.ones_like(out))])
+    names = ("out", *case.names)
+    return [n for n, a, b in zip(names, *results, strict=True) if not torch.equal(a, b)]
+
+
+def strided() -> list[str]:
+    """Take q, k and v as slices of wider tensors, with gradients in the right places."""
+    case = random_case([30], 2, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
+    wide = [torch.nn.functional.pad(x.detach(), (3, 5)).requires_grad_() for x in case.tensors[:7]]
+    views = [w[..., 3 : 3 + x.shape[-1]] for w, x in zip(wide, case.tensors, strict=False)]
+    plain = nsa_attention_triton(*case.arguments())  # type: ignore[arg-type]
+    sliced = nsa_attention_triton(*case.arguments([*views, *case.tensors[7:]]))  # type: ignore[arg-type]
+    do = torch.ones_like(plain)
+    expected = torch.autograd.grad(plain, case.tensors[:7], do)
+    got = torch.autograd.grad(sliced, wide, do)
+    bad = [] if torch.equal(plain, sliced) else ["out"]
+    return bad + [
+        name
+        for name, g, e in zip(case.names, got, expected, strict=False)
+        if not torch.equal(g[..., 3 : 3 + e.shape[-1]], e)
+    ]
+
+
+def heads_per_group(n: int) -> list[str]:
+    """Check n query heads in each of two groups, or in one where there are many."""
+    groups = 2 if n < 4 else 1
+    return check([36 if n < 16 else 20], heads=groups * n, groups=groups, dim=16)
+
+
+CASES: dict[str, Callable[[], list[str]]] = {
+    **{f"{n} heads per group": partial(heads_per_group, n) for n in (1, 2, 4, 8, 16)},
+    **{
+        f"head dim {dim}": partial(check, [36], heads=2, groups=1, dim=dim) for dim in (64, 96, 128)
+    },
+    "values narrower than keys": lambda: check([36], heads=2, groups=1, dim=48, value_dim=32),
+    "mean compression": lambda: check([17, 40], heads=2, groups=2, dim=16, mean=True),
+    "many documents": lambda: check([1, 7, 15, 16, 17, 31, 33], heads=1, groups=1, dim=16),
+    "one token among long ones": lambda: check([40, 1, 50], heads=2, groups=1, dim=16),
+    "one token": lambda: check([1], heads=2, groups=1, dim=16),
+    "all scores equal": lambda: check([70], heads=1, groups=1, dim=16, equal=True),
+    # In fp32 a logit of 1e4, and so its exponential, is known to 1e-3 only; the reference subtracts
+    # the maximum first, the kernels the log-sum-exp.
+    "logits of 1e4": lambda: check([50], heads=2, groups=1, dim=16, magnitude=5e3, floor=5e-3),
+    "blocks without overlap": lambda: check(
+        [60], heads=2, groups=1, dim=16,
+        spec=NsaSpec(block=8, stride=8, select=16, selected=3, initial=0, local=1, window=20),
+    ),
+    "the paper's sizes": lambda: check(
+        [15, 31, 32, 33, 65], heads=1, groups=1, dim=16, mean=True, spec=NsaSpec(selected=4)
+    ),
+    "two runs are bitwise equal": repeats,
+    "strided inputs": strided,
+}  # fmt: skip
+
+
+def main(names: list[str]) -> None:
+    """Run the named cases, all by default."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    results = {}
+    for name in names or CASES:
+        start = time.process_time()
+        results[name] = CASES[name]()
+        print(f"{name}: {time.process_time() - start:.1f} s", file=sys.stderr)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
