@@ -59,12 +59,12 @@ tiny_onn_install() (
     for extra in ${extras//,/ }; do sed -n 2p "$stamp" | tr , '\n' | grep -qx "$extra" || return 1; done
   }
   current && exit 0
-  mkdir -p .cache "$(dirname "$venv")"
-  exec 9>"$venv.lock"
+  mkdir -p .cache "$venv"
+  exec 9>"$venv/.lock"
   if ! flock -n 9; then
     tiny_onn_say "another set-up of $venv is under way; waiting for it"
     if ! flock 9; then
-      tiny_onn_say "cannot lock $venv.lock: put the environment elsewhere with TINY_ONN_VENV"
+      tiny_onn_say "cannot lock $venv/.lock: put the environment elsewhere with TINY_ONN_VENV"
       exit 1
     fi
     current && exit 0
