@@ -67,8 +67,9 @@ tiny_onn_install() (
       tiny_onn_say "cannot lock $venv/.lock: put the environment elsewhere with TINY_ONN_VENV"
       exit 1
     fi
-    current && exit 0
   fi
+  # Whoever held the lock may have installed it all meanwhile.
+  current && exit 0
   command -v g++ >/dev/null ||
     tiny_onn_say "no C++ compiler: DeepSpeed and Triton build code on first use; apt-get install gcc g++"
   base=$(tiny_onn_find_python)
