@@ -80,7 +80,8 @@ tiny_onn_install() (
   fi
   rm -f "$stamp"
   tiny_onn_say "installing into $venv: one to four minutes the first time (log: $log)"
-  [[ -x $venv/bin/python ]] || "$base" -m venv "$venv"
+  # Half made, when an earlier call was killed.
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$base" -m venv "$venv"
   # One resolution: a second command that names torch again would bring another build of it. Without
   # --no-compile pip compiles 34,000 files, most of which nothing here imports.
   # shellcheck disable=SC2086  # TINY_ONN_PIP holds several arguments

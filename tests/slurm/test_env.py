@@ -19,9 +19,13 @@ STAND_IN = """\
 case "$1 $2" in
 "-c "*print*) echo "$0" ;;
 "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-"-m pip") sleep 0.3; echo "${*:3}" >>"$PIP_CALLS"; [[ ! -e $PIP_CALLS.fail ]] || { echo no space; exit 1; } ;;
+"-m pip")
+  [[ $3 != --version ]] || exit 0
+  echo "${*:3}" >>"$PIP_CALLS"
+  sleep 0.3
+  if [[ -e $PIP_CALLS.fail ]]; then echo no space; exit 1; fi ;;
 esac
-"""  # noqa: E501
+"""
 
 
 @pytest.fixture
