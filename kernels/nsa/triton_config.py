@@ -39,6 +39,7 @@ class KernelConfigs:
     piece_forward: int
     piece_backward: int
     combine_rows: int
+    delta_rows: int
     top_k_rows: int
     score_chunk: int
     partial_rows: int
@@ -56,6 +57,7 @@ _HOPPER_128 = KernelConfigs(
     piece_forward=64,
     piece_backward=256,
     combine_rows=16,
+    delta_rows=16,
     top_k_rows=1,
     score_chunk=4096,
     partial_rows=8192 * 64 * 16,
@@ -65,14 +67,15 @@ _HOPPER_256 = KernelConfigs(
     forward=TileConfig(64, 64, 4, 2),
     window_forward=TileConfig(64, 64, 4, 2),
     grad_q=TileConfig(64, 32, 4, 1),
-    grad_kv=TileConfig(32, 64, 8, 1),
-    window_grad_kv=TileConfig(32, 64, 8, 1),
+    grad_kv=TileConfig(32, 64, 4, 1),
+    window_grad_kv=TileConfig(32, 64, 4, 1),
     score=TileConfig(64, 64, 4, 2),
     selected_forward=TileConfig(64, 64, 4, 2),
-    selected_backward=TileConfig(32, 64, 8, 1),
+    selected_backward=TileConfig(32, 64, 4, 1),
     piece_forward=64,
     piece_backward=256,
     combine_rows=16,
+    delta_rows=16,
     top_k_rows=1,
     score_chunk=4096,
     partial_rows=8192 * 64 * 16,
@@ -90,6 +93,7 @@ _INTERPRETER = KernelConfigs(
     piece_forward=16,
     piece_backward=24,
     combine_rows=32,
+    delta_rows=32,
     top_k_rows=32,
     score_chunk=96,
     partial_rows=64 * 4 * 4,

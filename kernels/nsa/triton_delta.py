@@ -86,7 +86,7 @@ def branch_deltas(
     interval = torch.empty(2, 2, H, T, dtype=torch.float32, device=do_THD.device)
     selected = torch.empty(2, T, H, dtype=torch.float32, device=do_THD.device)
     dgates = torch.empty_like(gates_TH3)
-    delta_kernel[(triton.cdiv(T * H, configs.combine_rows),)](
+    delta_kernel[(triton.cdiv(T * H, configs.delta_rows),)](
         do_THD,
         compressed_THD,
         selected_THD,
@@ -103,7 +103,7 @@ def branch_deltas(
         H=H,
         DV=DV,
         BDV=pow2(DV),
-        ROWS=configs.combine_rows,
+        ROWS=configs.delta_rows,
         num_warps=4,
     )
     return interval[0], interval[1], selected[0], selected[1], dgates

@@ -208,10 +208,14 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     *tensors, layout_tensors, ctx.counts, ctx.sizes, ctx.scale = inputs
     ctx.n_saved = len(output) - 1
+    # Zeros for the gradients of the saved branch outputs would cost as much memory as those.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[1:], *layout_tensors)
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    if grads[0] is None:
+        return (*[None] * 12, [None] * 4, None, None, None)
     everything = ctx.saved_tensors
     inputs = everything[:12]
     saved = list(everything[12 : 12 + ctx.n_saved])
