@@ -49,9 +49,9 @@ class Ranks:
     side by side never collide. After a failure the next call starts fresh processes.
     """
 
-    def __init__(self, world: int) -> None:
-        """Describe `world` ranks; nothing is started yet."""
-        self.world = world
+    def __init__(self, world: int, device: str = "cpu") -> None:
+        """Describe `world` ranks on "cpu" or "cuda"; nothing is started yet."""
+        self.world, self.device = world, device
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._store: Any = None
@@ -105,7 +105,7 @@ class Ranks:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "OMP_NUM_THREADS": "1",
             }
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, self.device), daemon=True)
             # OpenMP reads its environment once, when the child first loads torch.
             with _environment(environment):
                 process.start()
@@ -154,7 +154,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, device: str) -> None:
     """Answer calls until the caller closes the pipe."""
     torch.set_num_threads(1)
     mesh = None
@@ -168,7 +168,7 @@ def _serve(pipe: Connection) -> None:
             fn, args, timeout = pickle.loads(request)
             # Just before the caller gives up, so that a hang shows where every rank stands.
             faulthandler.dump_traceback_later(max(timeout - 2.0, 1.0))
-            mesh = mesh or init_mesh("cpu")
+            mesh = mesh or init_mesh(device)
             # Plain pickle copies tensors; multiprocessing's own would share memory that dies with
             # this process.
             answer = pickle.dumps((True, fn(mesh, *args)))

@@ -42,10 +42,11 @@ OFFLOADS = [
 
 def logits_loss(engine: Engine) -> Tensor:
     """Return the loss of one fixed batch, without a step."""
-    ids, labels = (share(t, engine.mesh) for t in global_batch(99))
+    ids, labels = (share(t, engine.mesh).to(engine.device) for t in global_batch(99))
+    one = torch.ones((), device=engine.device)
     engine.module.eval()
     with torch.no_grad():
-        loss: Tensor = engine.forward(ids, labels, Lengths(ids.numel()), torch.tensor(1.0)).loss
+        loss: Tensor = engine.forward(ids, labels, Lengths(ids.numel()), one).loss
     engine.module.train()
     return loss
 

@@ -142,8 +142,11 @@ def train(engine: Engine, first: int, last: int, accumulation: int = 1) -> list[
     for step in range(first, last):
         ids, labels = global_batch(step)
         for micro_batch in range(accumulation):
-            part = [share(t, engine.mesh, micro_batch, accumulation) for t in (ids, labels)]
-            scale = torch.tensor(engine.mesh.world / ids.numel())
+            part = [
+                share(t, engine.mesh, micro_batch, accumulation).to(engine.device)
+                for t in (ids, labels)
+            ]
+            scale = torch.tensor(engine.mesh.world / ids.numel(), device=engine.device)
             output = engine.forward(*part, Lengths(part[0].numel()), scale)
             assert type(output).__name__ == "Output"
             engine.backward(output.loss)
