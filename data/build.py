@@ -113,6 +113,8 @@ def _settings(
         "compression": config.compression,
         "shard_mb": config.shard_mb,
     }
+    if "python" in described:
+        settings["python"] = described["python"]
     if reused:
         settings["tokenizer"] = reused.hash
     else:

@@ -74,6 +74,8 @@ class DataConfig:
             world size.
         cache: node-local folder for shards of a remote or compressed corpus; empty takes one in
             the folder for temporary files.
+        cache_gb: size limit of that folder, in gigabytes per split; shards that were not used for
+            longest make place. 0: no limit.
         verify_hashes: read and check every shard when the corpus is opened.
         build: how to build the corpus if it is not there.
     """
@@ -86,6 +88,7 @@ class DataConfig:
     shuffle_seed: int = 0
     canonical_nodes: int = 0
     cache: str = ""
+    cache_gb: float = 0.0
     verify_hashes: bool = False
     build: BuildConfig | None = None
 
@@ -93,6 +96,8 @@ class DataConfig:
         """Refuse values that cannot work, by name."""
         if self.seq_len < 1:
             raise ValueError(f"seq_len must be positive, got {self.seq_len}")
+        if self.cache_gb < 0:
+            raise ValueError(f"cache_gb must not be negative, got {self.cache_gb}")
         if self.shuffle_seed < 0 or self.canonical_nodes < 0:
             raise ValueError(
                 f"shuffle_seed and canonical_nodes must not be negative, got {self.shuffle_seed} "

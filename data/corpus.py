@@ -118,17 +118,16 @@ class Corpus:
         digest = hashlib.sha256()
         for s in self.sources:
             digest.update(f"{s.name}\0{s.size}\0".encode(errors="surrogateescape"))
-        names = [
-            f"stdlib of Python {platform.python_version()}" if s == STDLIB else Path(s).name
-            for s in self.inputs
-        ]
-        return {
-            "inputs": names,
+        described = {
+            "inputs": [s if s == STDLIB else Path(s).name for s in self.inputs],
             "text_key": self.text_key,
             "files": len(self.sources),
             "disk_bytes": self.disk_bytes,
             "fingerprint": digest.hexdigest(),
         }
+        if STDLIB in self.inputs:
+            described["python"] = platform.python_version()
+        return described
 
     def _read(self, source: Source) -> Iterator[Document]:
         with self._opened(source) as stream:
@@ -152,11 +151,7 @@ class Corpus:
                     with gzip.GzipFile(fileobj=raw) as unzipped:
                         yield io.BufferedReader(unzipped)
                 elif suffix == ".zst":
-                    reader = zstandard.ZstdDecompressor().stream_reader(
-                        raw, read_across_frames=True
-                    )
-                    with reader:
-                        yield io.BufferedReader(reader)
+                    yield io.BufferedReader(_ZstdReader(raw), 1 << 17)
                 else:
                     yield raw
             except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
@@ -213,6 +208,37 @@ class Corpus:
                 f"({text[e.start]!r}), which is not valid Unicode"
             ) from e
         return text
+
+
+class _ZstdReader(io.RawIOBase):
+    """Frames of zstd, decompressed; unlike the library's reader it notices a missing end."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._inside = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            unused = self._frame.unused_data if self._frame.eof else b""
+            data = unused or self._raw.read(1 << 17)
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._inside = False
+            if not data:
+                if self._inside:
+                    raise EOFError("the last frame has no end")
+                return 0
+            self._inside = True
+            self._ready = memoryview(self._frame.decompress(data))
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
 
 
 def _sources(spec: str) -> Iterator[Source]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,9 +138,13 @@ def rebuild_hint(index: Index, folder: str) -> str:
     """Return how to get this corpus whole again."""
     return (
         f"copy it there again, or remove the folder and run\n  tiny-onn data build --input "
-        f"{' '.join(index.source.get('inputs', ['INPUT']))} --out {folder} "
-        f"--seq_len {index.seq_len}"
+        f"{inputs(index)} --out {folder} --seq_len {index.seq_len}"
     )
+
+
+def inputs(index: Index) -> str:
+    """Return what a corpus was built from as the command line takes it (names, no folders)."""
+    return shlex.join(index.source.get("inputs", ["INPUT"]))
 
 
 def check_files(index: Index, folder: Path, split: str) -> None:

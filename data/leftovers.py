@@ -62,6 +62,7 @@ class Claim:
         found = (SHM / f"{prefix:06}_locals").stat()
         entry = {
             "prefix": prefix,
+            "folder": str(self.folder),
             "locals": [found.st_ino, found.st_ctime_ns],
             "lock_files": {str(p): p.stat().st_ino for p in _make_lock_files(prefix)},
         }
@@ -73,7 +74,8 @@ class Claim:
         """Remove this run's lock files at its regular end; its segments are gone by then."""
         with start_lock(5.0):
             _remove_recorded(_read(self._fd))
-        os.ftruncate(self._fd, 0)
+        with suppress(FileNotFoundError):
+            self._file.unlink()
         os.close(self._fd)
 
 
@@ -93,11 +95,13 @@ def claim(folder: Path, separate: bool) -> Claim:
     while True:
         file = SHM / f"tiny-onn.{os.geteuid()}.{name}.{number}"
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(fd):
             os.close(fd)
             number += 1
+            continue
+        if not file.exists() or file.stat().st_ino != os.fstat(fd).st_ino:
+            # The run that had it ended and removed it between our opening and locking it.
+            os.close(fd)
             continue
         own = folder / f"run{number}" if separate else folder
         _remove_recorded(_read(fd))
@@ -110,17 +114,44 @@ def claim(folder: Path, separate: bool) -> Claim:
 
 
 def left_behind() -> list[Path]:
-    """Return what dead runs of this user left in shared memory (their next start removes it)."""
+    """Return what dead runs of this user left in shared memory, whichever data set they used.
+
+    The next start of the same data set removes it; `sweep` removes all of it.
+    """
     found: list[Path] = []
-    for file in SHM.glob(f"tiny-onn.{os.geteuid()}.*"):
-        if file.name.endswith(".start"):
-            continue
-        with suppress(OSError), file.open("r+b") as f:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            entry = _read(f.fileno())
-            if entry and _is_recorded(entry):
-                found += sorted(SHM.glob(f"{entry['prefix']:06}_*"))
+    for _, entry in _dead_claims():
+        if _is_recorded(entry):
+            found += sorted(SHM.glob(f"{entry['prefix']:06}_*"))
     return found
+
+
+def sweep(below: Path | None = None) -> None:
+    """Remove what `left_behind` finds, with the lock files and the claims.
+
+    Args:
+        below: only what belongs to data sets in this folder; None removes all.
+    """
+    for file, entry in _dead_claims():
+        if below is None or below in Path(entry.get("folder", "/")).parents:
+            _remove_recorded(entry)
+            file.unlink()
+
+
+def _dead_claims() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the claims of dead runs and what they recorded, each locked while it is looked at."""
+    for file in sorted(SHM.glob(f"tiny-onn.{os.geteuid()}.*.*")):
+        with suppress(FileNotFoundError), file.open("r+b") as f:
+            if _locked(f.fileno()):
+                yield file, _read(f.fileno())
+
+
+def _locked(fd: int) -> bool:
+    """Lock a file unless another process has it locked."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager
@@ -134,11 +165,9 @@ def start_lock(seconds: float = _START_SECONDS) -> Iterator[None]:
     try:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _locked(fd):
                 break
-            except BlockingIOError:
-                time.sleep(0.01)
+            time.sleep(0.01)
         yield
     finally:
         os.close(fd)
@@ -155,6 +184,8 @@ def _read(fd: int) -> dict[str, Any]:
 
 
 def _is_recorded(entry: dict[str, Any]) -> bool:
+    if not entry:
+        return False
     try:
         found = (SHM / f"{entry['prefix']:06}_locals").stat()
     except FileNotFoundError:

@@ -86,6 +86,7 @@ class PackedLoader:
             verify_hashes=config.verify_hashes,
             batch_size=micro_batch,
             predownload=max(8 * micro_batch * accumulation, 256),
+            cache_limit=int(config.cache_gb * 1e9) or None if self.corpus.fetched else None,
             shuffle=config.shuffle,
             shuffle_seed=config.shuffle_seed,
             num_canonical_nodes=self.canonical_nodes,
@@ -93,7 +94,13 @@ class PackedLoader:
         self._samples = opened[0]
         self._held_out = opened[1] if held_out else None
         self._stream = StreamingDataLoader(
-            self._samples, batch_size=micro_batch, collate_fn=_as_list, num_workers=0
+            self._samples,
+            batch_size=micro_batch,
+            collate_fn=_as_list,
+            num_workers=0,
+            # Every iterator draws a seed. From torch's own generator that would make a run that was
+            # resumed within an epoch, and so has made one iterator more, draw other numbers.
+            generator=torch.Generator(),
         )
         self._iterator: Iterator[dict[str, Any]] | None = None
         self._ahead: list[Batch] | None = None

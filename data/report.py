@@ -98,10 +98,11 @@ def table(report: dict[str, Any]) -> str:
     """Lay out what `inspect` returned."""
     source = report["source"]
     skipped = source.get("skipped", {})
+    python = f" (Python {source['python']})" if "python" in source else ""
     lines = [
         f"corpus      {report['name']}  ({report['path']})",
         f"identity    {report['identity'][:16]}",
-        f"source      {', '.join(source['inputs'])}: {source['files']:,} files, "
+        f"source      {', '.join(source['inputs'])}{python}: {source['files']:,} files, "
         f"{source['disk_bytes'] / 1e6:,.1f} MB; skipped {skipped.get('not_utf8', 0)} not UTF-8, "
         f"{skipped.get('empty', 0)} empty",
         f"tokenizer   {report['vocab_size']:,} ids, SHA-256 {report['tokenizer_sha256'][:16]}",

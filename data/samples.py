@@ -16,7 +16,7 @@ from data.host import environment_rank, gather, local_world, ranks_on_host, toge
 from data.index import INDEX
 from data.leftovers import Claim, claim, start_lock
 from data.stored import StoredCorpus, fetch
-from data.streaming_shim import StreamingDataset
+from data.streaming_shim import ShardState, StreamingDataset
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +30,38 @@ class Samples(StreamingDataset):
 
     failure: BaseException | None = None
 
+    def __init__(self, **options: Any) -> None:
+        """See StreamingDataset."""
+        super().__init__(**options)
+        self._here: set[int] = set()
+
     def on_exception(self, future: Future[None]) -> None:
         """Note why a downloading thread failed and stop the others."""
         error = future.exception()
         if error is not None:
             self.failure = error
-            self._event.set()
+            self._end_threads()
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Bring a shard here; a failure is raised in every process and thread that wants it.
+
+        Streaming itself leaves a shard that failed marked as on its way, and all others waiting.
+        The background threads ask for every sample's shard again: without a limit on the cache one
+        that is here stays, and needs no lock between processes.
+        """
+        if shard_id in self._here and not blocking:
+            return
+        try:
+            super().prepare_shard(shard_id, blocking)
+            if self._shard_states[shard_id] == ShardState.LOCAL and self.cache_limit is None:
+                self._here.add(shard_id)
+        except BaseException:
+            if self.streams[0].remote is not None:
+                # What was fetched and is not what it should be must not pass for good next time.
+                self.shards[shard_id].evict()
+            self._shard_states[shard_id] = ShardState.REMOTE
+            self._end_threads()
+            raise
 
     @property
     def prefix(self) -> int:
@@ -59,11 +85,17 @@ class Samples(StreamingDataset):
         )
 
     def stop(self) -> None:
-        """End the background threads."""
+        """End the background threads; nothing can be iterated afterwards."""
+        self._end_threads()
         if hasattr(self, "_iterator"):
-            self._iterator.exit()
+            self._iterator.non_blocking_exit()
         if hasattr(self, "_executor"):
             self._executor.shutdown(wait=False)
+
+    def _end_threads(self) -> None:
+        # There are none before the first iteration.
+        if hasattr(self, "_event"):
+            self._event.set()
 
 
 class Site:

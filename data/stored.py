@@ -16,6 +16,7 @@ from data.index import (
     check_files,
     check_hash,
     check_hashes,
+    inputs,
     read_index,
     rebuild_hint,
 )
@@ -110,7 +111,7 @@ def open_corpus(config: DataConfig) -> StoredCorpus:
         raise DataError(
             f"{config.path} was packed for seq_len {index.seq_len}, the configuration says "
             f"{config.seq_len}: set data.seq_len to {index.seq_len}, or build another corpus with\n"
-            f"  tiny-onn data build --input {' '.join(index.source.get('inputs', ['INPUT']))} "
+            f"  tiny-onn data build --input {inputs(index)} "
             f"--out {config.path}-{config.seq_len} --seq_len {config.seq_len}"
         )
     return corpus

@@ -83,6 +83,7 @@ def _stand_ins() -> Iterator[None]:
 
 with _stand_ins():
     from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
+    from streaming.base.dataset import _ShardState as ShardState
     from streaming.base.storage.download import CloudDownloader
 
-__all__ = ["CloudDownloader", "MDSWriter", "StreamingDataLoader", "StreamingDataset"]
+__all__ = ["CloudDownloader", "MDSWriter", "ShardState", "StreamingDataLoader", "StreamingDataset"]

@@ -1,0 +1,187 @@
+"""A corpus in an object store is read as one in a folder is, and bad objects are named."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from data.index import DataError, read_index
+from data.report import inspect, verify
+from data.stored import open_corpus
+from tests.data.conftest import Loaders, data_config
+
+BUCKET = "corpora"
+
+
+class Store:
+    """An object store on loopback."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.client: Any = boto3.client("s3", endpoint_url=endpoint)
+        self.client.create_bucket(Bucket=BUCKET)
+
+    def upload(self, folder: Path, name: str) -> str:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                key = f"{name}/{path.relative_to(folder).as_posix()}"
+                self.client.upload_file(str(path), BUCKET, key)
+        return f"s3://{BUCKET}/{name}"
+
+    def delete(self, name: str) -> None:
+        self.client.delete_object(Bucket=BUCKET, Key=name)
+
+    def put(self, name: str, content: bytes) -> None:
+        self.client.put_object(Bucket=BUCKET, Key=name, Body=content)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        endpoint = f"http://127.0.0.1:{port}"
+        assert host
+        environment.setenv("S3_ENDPOINT_URL", endpoint)
+        environment.setenv("AWS_ACCESS_KEY_ID", "test")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield Store(endpoint)
+    server.stop()
+
+
+def ids(step: list[Any]) -> list[list[int]]:
+    return [b.ids_T.tolist() for b in step]
+
+
+@pytest.fixture(params=["plain", "zipped"])
+def source(
+    request: pytest.FixtureRequest, corpus: Path, texts: Path, tmp_path: Path
+) -> tuple[Path, Path]:
+    """A folder to upload, and one with the same samples to compare with."""
+    if request.param == "plain":
+        return corpus, corpus
+    from data.build import build
+    from tests.data.conftest import SEQ_LEN, recipe
+
+    build(recipe(texts, compression="zstd"), tmp_path / "zipped", SEQ_LEN)
+    return tmp_path / "zipped", corpus
+
+
+def test_a_corpus_in_a_store_gives_the_same_batches_and_is_cached(
+    store: Store, source: tuple[Path, Path], tmp_path: Path, open_loader: Loaders
+) -> None:
+    folder, same = source
+    address = store.upload(folder, f"same-{folder.name}")
+    cache = tmp_path / "cache"
+    local, remote = open_loader(same), open_loader(address, cache=str(cache))
+    assert remote.tokenizer.hash == local.tokenizer.hash
+    for _ in range(5):
+        assert ids(remote.next_step()) == ids(local.next_step())
+    assert [ids([b]) for b in remote.evaluation_batches()] == [
+        ids([b]) for b in local.evaluation_batches()
+    ]
+    shards = list(cache.glob("*/train/run0/*.mds"))
+    assert shards and not list(cache.glob("*/train/run0/*.zstd"))
+    resumed = open_loader(address, cache=str(tmp_path / "other"))
+    resumed.load_state_dict(remote.state_dict())
+    assert ids(resumed.next_step()) == ids(local.next_step())
+
+
+def test_a_cached_shard_that_was_cut_short_is_fetched_again(
+    store: Store, corpus: Path, tmp_path: Path, open_loader: Loaders
+) -> None:
+    address = store.upload(corpus, "again")
+    cache = tmp_path / "cache"
+    identity = open_corpus(data_config(address, cache=str(cache))).index.identity
+    folder = cache / f"{read_index(corpus).name}-{identity[:16]}" / "train" / "run0"
+    shutil.copytree(corpus / "train", folder)
+    for shard in folder.glob("*.mds"):
+        shard.write_bytes(shard.read_bytes()[:-5])
+    local, remote = open_loader(corpus), open_loader(address, cache=str(cache))
+    for _ in range(5):
+        assert ids(remote.next_step()) == ids(local.next_step())
+
+
+def test_a_corpus_that_was_replaced_is_not_read_from_the_old_cache(
+    store: Store, corpus: Path, texts: Path, tmp_path: Path, open_loader: Loaders
+) -> None:
+    from data.build import build
+    from tests.data.conftest import SEQ_LEN, recipe
+
+    address = store.upload(corpus, "replaced")
+    first = open_loader(address, cache=str(tmp_path / "cache"))
+    state = first.state_dict()
+    other = tmp_path / corpus.name
+    build(recipe(texts, vocab_size=700), other, SEQ_LEN)
+    store.upload(other, "replaced")
+    second = open_loader(address, cache=str(tmp_path / "cache"))
+    assert second.tokenizer.size == 700
+    assert ids(second.next_step()) == ids(open_loader(other).next_step())
+    with pytest.raises(DataError, match="data cursor has corpus"):
+        second.load_state_dict(state)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "changed"])
+def test_a_bad_object_is_named_when_it_is_fetched(
+    store: Store, corpus: Path, tmp_path: Path, open_loader: Loaders, damage: str
+) -> None:
+    address = store.upload(corpus, damage)
+    for shard in (corpus / "train").glob("*.mds"):
+        key = f"{damage}/train/{shard.name}"
+        content = bytearray(shard.read_bytes())
+        content[100] ^= 1
+        if damage == "missing":
+            store.delete(key)
+        else:
+            store.put(key, bytes(content[:-9] if damage == "short" else content))
+    loader = open_loader(address, cache=str(tmp_path / "cache"))
+    reason = (
+        r"Object s3://corpora/missing/train/shard\.\d+\.mds not found"
+        if damage == "missing"
+        else r"Checksum failure: .*shard\.\d+\.mds"
+    )
+    with pytest.raises(DataError, match=reason):
+        for _ in range(3):
+            loader.next_step()
+    assert not list((tmp_path / "cache").glob("*/train/run0/*.mds")), "a bad shard was kept"
+    with pytest.raises(DataError, match=r"not found|is damaged"):
+        verify(address, str(tmp_path / "cache"))
+
+
+def test_a_wrong_address_is_refused_with_what_to_look_at(store: Store, tmp_path: Path) -> None:
+    for address in ("s3://corpora/nothing", "s3://no-such-bucket/x"):
+        config = data_config(address, cache=str(tmp_path / "cache"))
+        with pytest.raises(DataError, match=rf"cannot fetch {address}/index\.json: .*credentials"):
+            open_corpus(config)
+    with pytest.raises(DataError, match="cannot fetch gopher://x/index"):
+        open_corpus(data_config("gopher://x", cache=str(tmp_path / "cache")))
+
+
+def test_another_tokenizer_in_the_store_is_refused(
+    store: Store, corpus: Path, texts: Path, tmp_path: Path
+) -> None:
+    from data.tokenizer import Tokenizer
+
+    address = store.upload(corpus, "tokenizer")
+    other = Tokenizer.train([p.read_text() for p in sorted(texts.rglob("*.py"))[:9]], 500)
+    store.put("tokenizer/tokenizer.model", other.model)
+    with pytest.raises(DataError, match="is not the tokenizer"):
+        open_corpus(data_config(address, cache=str(tmp_path / "cache")))
+
+
+def test_a_remote_corpus_can_be_inspected_and_verified(
+    store: Store, corpus: Path, tmp_path: Path
+) -> None:
+    address = store.upload(corpus, "inspected")
+    cache = str(tmp_path / "cache")
+    report, local = inspect(address, cache=cache), inspect(str(corpus))
+    assert {**report, "path": ""} == {**local, "path": ""}
+    assert verify(address, cache) == verify(str(corpus))
