@@ -38,9 +38,9 @@ class Case:
     def oracle(self) -> NaiveNsa:
         return nsa_naive(*self.call)
 
-    def to(self, dtype: torch.dtype) -> Case:
-        tensors = [x.detach().to(dtype).requires_grad_() for x in self.tensors]
-        return Case(tensors, self.docs, self.spec)
+    def to(self, device: str) -> Case:
+        tensors = [x.detach().to(device).requires_grad_() for x in self.tensors]
+        return Case(tensors, self.docs.to(device), self.spec)
 
 
 def random_case(
@@ -79,7 +79,7 @@ def compare(case: Case, run: Callable[..., Tensor], tolerance: float) -> None:
     upstream = torch.randn(
         found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
-    upstream = upstream.to(found.dtype)
+    upstream = upstream.to(found)
     assert relative(found, wanted) < tolerance, "output"
     found_grads = torch.autograd.grad(found, case.tensors, upstream)
     # Without a single whole block the oracle never touches φ; the fast paths give zeros.

@@ -75,3 +75,20 @@ def test_shapes_that_do_not_fit_are_refused():
         full_attention(q, k, v, Documents([9]))
     with pytest.raises(ValueError, match="do not fit"):
         full_attention(q[:, :3], k, v, Documents([10]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[300], [1, 63, 64, 65, 107]])
+@pytest.mark.parametrize(("D", "E"), [(64, 64), (64, 32)])
+def test_full_attention_on_a_gpu_equals_the_definition(lengths, D, E):
+    leaves = inputs(300, 8, 2, D, E, torch.bfloat16)
+    wanted = reference(*leaves, Documents(lengths), D**-0.5)
+    upstream = torch.randn(wanted.shape).bfloat16()
+    wanted_grads = torch.autograd.grad(wanted, leaves, upstream.double())
+    on_gpu = [x.detach().cuda().requires_grad_() for x in leaves]
+    found = full_attention(*on_gpu, Documents(lengths, "cuda:0"))
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.cpu().double(), wanted, atol=0.02, rtol=0.02)
+    for f, w in zip(torch.autograd.grad(found, on_gpu, upstream.cuda()), wanted_grads, strict=True):
+        f, w = f.cpu().double(), w.double()  # noqa: PLW2901
+        assert (f - w).norm() < 0.02 * w.norm()

@@ -316,3 +316,18 @@ def test_a_call_that_cannot_run_says_why():
     call[7] = Phi(call[7].weight_lDD[:16], call[7].position_lD)
     with pytest.raises(ValueError, match="phi_k has weight"):
         nsa_attention(*call)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04)], ids=str
+)
+@pytest.mark.parametrize("widths", [(16, 16), (16, 8)])
+def test_blocked_on_a_gpu_equals_the_oracle_and_itself(dtype, tolerance, widths):
+    case = random_case(LENGTHS, SPEC, D=widths[0], E=widths[1], dtype=dtype).to("cuda:0")
+    compare(case, nsa_blocked, tolerance)
+    runs = []
+    for _ in range(2):
+        out = nsa_blocked(*case.call)
+        runs.append([out, *torch.autograd.grad(out, case.tensors, torch.ones_like(out))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
