@@ -172,13 +172,6 @@ def compress_grad_w_kernel(
     tl.store(out, acc, mask=(d < D)[:, None] & (e < E)[None, :])
 
 
-def _schedule(warps: int, stages: int, D: int, E: int) -> dict[str, int]:
-    """Warps and pipeline stages; maps wider than 128 fill shared memory with a single stage."""
-    if max(D, E) > 128:
-        warps, stages = 8, 1
-    return {"num_warps": warps, "num_stages": stages}
-
-
 def compress(
     x_TGD: Tensor,
     weight_lDE: Tensor | None,
@@ -216,7 +209,8 @@ def compress(
         BE=pow2(E),
         BN=BN,
         MEAN=weight_lDE is None,
-        **_schedule(4, 3, D, E),
+        num_warps=4,
+        num_stages=3,
     )
     return out
 
@@ -254,7 +248,8 @@ def compress_backward(
         STRIDE=spec.stride,
         **sizes,
         MEAN=mean,
-        **_schedule(4, 2, D, E),
+        num_warps=4,
+        num_stages=2,
     )
     if weight_lDE is None or position_lD is None:
         return dx, None, None
@@ -274,7 +269,8 @@ def compress_backward(
         G=G,
         L=spec.block,
         **sizes,
-        **_schedule(8, 3, D, E),
+        num_warps=8,
+        num_stages=3,
     )
     # Padding slots are seen by no query, so their gradient rows are zero and may join the sum.
     total_E = dout_NGE.sum((0, 1), dtype=torch.float32)

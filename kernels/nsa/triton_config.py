@@ -22,9 +22,9 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class KernelConfigs:
-    """The tiles of every kernel for one head dimension.
+    """The tiles of every kernel.
 
-    For the selected kernels BM counts rows (queries of a piece times heads of the group) and BN is
+    For the selected kernels BM counts rows (queries times heads of the group) and BN is
     not used: the keys are one selected block. `piece_*` are the queries that one program serves.
     """
 
@@ -45,7 +45,7 @@ class KernelConfigs:
     partial_rows: int
 
 
-_HOPPER_128 = KernelConfigs(
+_HOPPER = KernelConfigs(
     forward=TileConfig(128, 128, 8, 3),
     window_forward=TileConfig(64, 64, 4, 3),
     grad_q=TileConfig(64, 64, 4, 2),
@@ -54,24 +54,6 @@ _HOPPER_128 = KernelConfigs(
     score=TileConfig(64, 128, 4, 2),
     selected_forward=TileConfig(64, 64, 4, 3),
     selected_backward=TileConfig(64, 64, 4, 2),
-    piece_forward=64,
-    piece_backward=256,
-    combine_rows=16,
-    delta_rows=16,
-    top_k_rows=1,
-    score_chunk=4096,
-    partial_rows=8192 * 64 * 16,
-)
-
-_HOPPER_256 = KernelConfigs(
-    forward=TileConfig(64, 64, 4, 2),
-    window_forward=TileConfig(64, 64, 4, 2),
-    grad_q=TileConfig(64, 32, 4, 1),
-    grad_kv=TileConfig(32, 64, 4, 1),
-    window_grad_kv=TileConfig(32, 64, 4, 1),
-    score=TileConfig(64, 64, 4, 2),
-    selected_forward=TileConfig(64, 64, 4, 2),
-    selected_backward=TileConfig(32, 64, 4, 1),
     piece_forward=64,
     piece_backward=256,
     combine_rows=16,
@@ -105,8 +87,6 @@ def pow2(n: int) -> int:
     return max(16, int(triton.next_power_of_2(n)))
 
 
-def kernel_configs(head_dim: int) -> KernelConfigs:
-    """Return the tiles for this (larger of the) head dimension(s)."""
-    if INTERPRETED:
-        return _INTERPRETER
-    return _HOPPER_128 if head_dim <= 128 else _HOPPER_256
+def kernel_configs() -> KernelConfigs:
+    """Return the tiles: those measured on Hopper at head dimension 128, or the interpreter's."""
+    return _INTERPRETER if INTERPRETED else _HOPPER

@@ -60,9 +60,8 @@ def nsa_forward(
 ) -> list[Tensor]:
     """Return out, the branches' o, lse [2, H, T], lse [T, H], k and v compressed, selected, CSR."""
     layout, spec = _unpack(layout_tensors, layout_counts, sizes)
-    T, H, D = q.shape
-    DV = v_slc.shape[2]
-    configs = kernel_configs(max(D, DV))
+    T, H, _ = q.shape
+    configs = kernel_configs()
     kc = compress(k_cmp, phi_k_weight, phi_k_position, layout, spec)
     vc = compress(v_cmp, phi_v_weight, phi_v_position, layout, spec)
     lse = torch.empty(2, H, T, dtype=torch.float32, device=q.device)
@@ -105,7 +104,7 @@ def _(
     T, H, D = q.shape
     G, DV = v_slc.shape[1:]
     spec = NsaSpec(**dict(zip(SPEC_FIELDS, sizes, strict=True)))
-    chunk = list_tokens(T, H, spec, kernel_configs(max(D, DV)))
+    chunk = list_tokens(T, H, spec, kernel_configs())
     n_blocks, n_slots = layout_counts[:2]
     lists = -(-T // chunk) * G * n_blocks
     f32, i32 = torch.float32, torch.int32
@@ -145,9 +144,8 @@ def nsa_backward(
 ) -> list[Tensor]:
     """Return gradients of q, the six k and v, the gates, then of the φ that were given."""
     layout, spec = _unpack(layout_tensors, layout_counts, sizes)
-    T, H, D = q.shape
-    DV = v_slc.shape[2]
-    configs = kernel_configs(max(D, DV))
+    T, H, _ = q.shape
+    configs = kernel_configs()
     compressed, slc, window, lse, lse_slc, kc, vc, selected, order, bounds = saved
     chunk = list_tokens(T, H, spec, configs)
     lists = BlockLists(order, bounds, chunk, -(-T // chunk))

@@ -104,7 +104,8 @@ def _forward_tile(
     )
 
 
-@triton.jit
+# Sizes that change with every pack of documents must not each compile a kernel anew.
+@triton.jit(do_not_specialize=("list0", "NB", "token0"))
 def selected_forward_kernel(
     q_ptr,
     k_ptr,

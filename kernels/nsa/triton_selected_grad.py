@@ -87,7 +87,8 @@ def _backward_tile(
     return dk, dv
 
 
-@triton.jit
+# Sizes that change with every pack of documents must not each compile a kernel anew.
+@triton.jit(do_not_specialize=("list0", "NB", "token0"))
 def selected_backward_kernel(
     q_ptr,
     k_ptr,
@@ -229,7 +230,7 @@ def merge_grad_q_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("list0", "NB"))
 def merge_grad_kv_kernel(
     part_ptr,
     sum_ptr,

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from kernels.nsa.bench import main, visible_pairs
 from kernels.nsa.naive import nsa_naive, select_naive
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_api import supports
@@ -82,3 +83,23 @@ def test_unsupported_calls_are_refused_with_the_reason() -> None:
     reason = supports(*case.arguments())  # type: ignore[arg-type]
     assert reason is not None
     assert "cpu" in reason
+
+
+def test_benchmark_counts_the_pairs_that_the_oracle_sees() -> None:
+    case = random_case([5, 90], 1, 1, 8, spec=SMALL, dtype=torch.float64, device="cpu")
+    oracle = nsa_naive(*case.arguments())  # type: ignore[arg-type]
+    seen = [0, 0, 0]
+    for n, p, chosen in zip(case.docs.lengths, oracle.p_compressed, oracle.selection, strict=True):
+        t = torch.arange(n)
+        causal = t[None] <= t[:, None]
+        in_selected = chosen[:, 0].repeat_interleave(SMALL.select, 1)[:, :n]
+        near = t[:, None] - t[None] < SMALL.window
+        for i, mask in enumerate((p[:, 0] > 0, in_selected & causal, near & causal)):
+            seen[i] += int(mask.sum())
+    assert visible_pairs(case.docs, SMALL) == tuple(seen)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark would run")
+def test_benchmark_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--lengths", "64"]) == 1
+    assert "needs a CUDA device" in capsys.readouterr().out
