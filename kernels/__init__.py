@@ -1,4 +1,4 @@
-"""Sparse kernels: for every operation an oracle, a fast path, and one public function that picks."""
+"""Sparse kernels: for every operation an oracle, fast paths, and one public function that picks."""
 
 from kernels.documents import Documents
 from kernels.experts import expert_ffn

@@ -191,6 +191,7 @@ def build(cfg: RunConfig, folder: RunFolder, checkpoints: Path | None = None) ->
         dataclasses.replace(cfg.engine, accumulation=micro_batches),
         mesh,
         total_steps=cfg.train.steps,
+        run=cfg.name if checkpoints is None else f"{cfg.name}-evaluation",
         tables=[table] if table is not None else [],
     )
     seed_everything(cfg.seed, 1 + mesh.rank)

@@ -181,7 +181,7 @@ def parameter_counts(shape: Shape) -> ParameterCounts:
     total = {"embedding": s.vocab * s.width, "attention": attention * s.layers, "norms": norms}
     active = {"embedding": s.width, "attention": attention * s.layers, "norms": norms}
     if s.attention == "nsa":
-        total["gates"] = active["gates"] = s.layers * 3 * s.heads * s.width
+        total["gates"] = active["gates"] = s.layers * 3 * s.heads * (s.width + 1)
         if s.learned_compression:
             maps = 2 * (s.compress_block * s.head_dim**2 + s.compress_block * s.head_dim)
             total["compression"] = active["compression"] = maps * s.layers

@@ -61,7 +61,7 @@ class OffloadConfig:
     params: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str = ""
     params_buffers: int = 16
-    params_buffer_numel: int = 100_000_000
+    params_buffer_numel: int = 32_000_000
 
     @property
     def uses_nvme(self) -> bool:

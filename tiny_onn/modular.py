@@ -40,7 +40,7 @@ class ModelConfig:
         layers: blocks L.
         tie_embeddings: input embedding and output head share one matrix.
         norm_eps: epsilon of every RMSNorm.
-        init_std: standard deviation of the embedding's and the projections' initial weights.
+        init_std: standard deviation of the initial weights of embedding and head.
         loss_chunk: tokens whose logits exist at once in the chunked cross entropy.
         activation_checkpointing: recompute every block in the backward pass.
     """
@@ -121,6 +121,7 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
         nn.init.normal_(self.weight, std=std)
+        self.weight.no_decay = True  # type: ignore[attr-defined]
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Look up [T] ids; returns [T, C]."""

@@ -108,7 +108,7 @@ def test_parameters_by_component() -> None:
         "embedding": 80,
         "attention": 2 * (2 * 8 * 12 + 2 * 3 * 8 * 6),
         "norms": 5 * 8,
-        "gates": 2 * 3 * 4 * 8,
+        "gates": 2 * 3 * 4 * (8 + 1),
         "compression": 2 * 2 * (4 * 9 + 4 * 3),
         "router": 2 * (8 * 6 + 6 + 1),
         "experts": 2 * 3 * 8 * 6 * 5,

@@ -109,6 +109,7 @@ def test_stopped_and_resumed_with_offload_it_ends_with_the_losses_of_a_run_witho
     path, run = tiny_config(tmp_path, corpus), tmp_path / "runs" / "tiny"
     if "nvme" in offload:
         offload = [*offload, "--engine.offload.nvme_path", str(tmp_path / "nvme")]
+        offload += ["--engine.offload.params_buffer_numel", "20000"]
     process = tiny_onn("pretrain", path, *offload)
     while len(rows(run)) < 6:
         assert process.poll() is None, finish(process)[1]

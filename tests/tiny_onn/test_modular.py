@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kernels import Documents
 from kernels.rows import row_index, unique_ids
+from launcher.components import shape_of
+from launcher.flops import parameter_counts
 from tiny_onn.attention import AttentionConfig
 from tiny_onn.deepembed import DeepEmbedConfig
 from tiny_onn.dynmoe import DynMoeConfig
@@ -169,3 +171,11 @@ def test_generation_is_repeatable_and_refuses_an_empty_prompt() -> None:
 def test_the_vocabulary_must_be_known() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         TinyOnn(replace(SPARSE, vocab_size=0))
+
+
+def test_the_parameter_count_that_is_shown_is_the_models() -> None:
+    for cfg in (SPARSE, DENSE, HIDDEN):
+        counts = parameter_counts(shape_of(cfg, 140))
+        model = TinyOnn(cfg)
+        held = sum(p.numel() for p in model.parameters())
+        assert sum(counts.total.values()) + counts.table == held
