@@ -50,8 +50,7 @@ class Claim:
         self.folder = folder
         self._file = file
         self._fd = fd
-        # Registered before streaming registers its own: runs after them, when no segment is left.
-        atexit.register(self._tidy)
+        atexit.register(self._give_up)
 
     def record(self, prefix: int) -> None:
         """Note under which number streaming keeps this data set.
@@ -70,13 +69,34 @@ class Claim:
         os.pwrite(self._fd, data, 0)
         os.ftruncate(self._fd, len(data))
 
-    def _tidy(self) -> None:
-        """Remove this run's lock files at its regular end; its segments are gone by then."""
-        with start_lock(5.0):
-            _remove_recorded(_read(self._fd))
+    def _give_up(self) -> None:
         with suppress(FileNotFoundError):
             self._file.unlink()
         os.close(self._fd)
+
+
+def tidy_at_exit() -> list[int]:
+    """Arrange that this process, at its regular end, removes lock files that nobody needs.
+
+    To be called on every rank, before streaming registers its own removal of segments (handlers
+    run in reverse order): the rank that ends last finds no segment left, and takes the lock files.
+
+    Returns:
+        A list for the numbers under which streaming keeps this process's data sets.
+    """
+    prefixes: list[int] = []
+
+    def tidy() -> None:
+        with start_lock(5.0):
+            for prefix in prefixes:
+                if not any(SHM.glob(f"{prefix:06}_*")):
+                    for path in _lock_files(prefix):
+                        with suppress(FileNotFoundError):
+                            if path.stat().st_uid == os.geteuid():
+                                path.unlink()
+
+    atexit.register(tidy)
+    return prefixes
 
 
 def claim(folder: Path, separate: bool) -> Claim:
@@ -213,10 +233,13 @@ def _remove_segments(prefix: int) -> None:
                 path.unlink()
 
 
+def _lock_files(prefix: int) -> list[Path]:
+    return [Path(tempfile.gettempdir(), f"{prefix:06}_{name}") for name in LOCK_FILES]
+
+
 def _make_lock_files(prefix: int) -> list[Path]:
     made = []
-    for name in LOCK_FILES:
-        path = Path(tempfile.gettempdir(), f"{prefix:06}_{name}")
+    for path in _lock_files(prefix):
         # One that exists by now is someone else's.
         with suppress(FileExistsError):
             path.touch(0o644, exist_ok=False)

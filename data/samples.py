@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from data.host import environment_rank, gather, local_world, ranks_on_host, together
 from data.index import INDEX
-from data.leftovers import Claim, claim, start_lock
+from data.leftovers import Claim, claim, start_lock, tidy_at_exit
 from data.stored import StoredCorpus, fetch
 from data.streaming_shim import ShardState, StreamingDataset
 
@@ -142,6 +142,7 @@ class Site:
         host_ranks = ranks_on_host()
         leader = self.rank - self.rank % host_ranks
         claims: list[Claim] = []
+        prefixes = tidy_at_exit()
         with ExitStack() as stack:
 
             def prepare() -> list[str]:
@@ -164,12 +165,13 @@ class Site:
                         local=folder,
                         remote=corpus.shards_at(split) if corpus.fetched else None,
                         validate_hash="sha256" if corpus.fetched else None,
-                        download_retry=4,
+                        download_retry=4 if corpus.fetched else 1,
                         replication=self.replication if self.replication > 1 else None,
                         **options,
                     )
                     for split, folder in zip(splits, folders, strict=True)
                 ]
+            prefixes += [samples.prefix for samples in opened]
             for c, samples in zip(claims, opened, strict=False):
                 c.record(samples.prefix)
         return opened

@@ -21,7 +21,7 @@ class Documents:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
-        """Describe documents of these lengths; raises ValueError on an empty or non-positive one."""
+        """Describe documents of these lengths; raises ValueError on none, or one below 1."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"documents need a token at least, got lengths {list(lengths)[:8]}")
         self.lengths = tuple(int(n) for n in lengths)

@@ -63,9 +63,7 @@ def batch_ids(run: Run, step: int, batch: int, mesh: Mesh) -> Tensor:
 
 
 def make_table(mesh: Mesh, run: Run) -> RowTable:
-    return RowTable(
-        "t", run.rows, run.width, mesh, run.cfg, dtype=run.dtype, groups=run.groups
-    )
+    return RowTable("t", run.rows, run.width, mesh, run.cfg, dtype=run.dtype, groups=run.groups)
 
 
 def train(
