@@ -10,6 +10,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,20 +23,18 @@ SCRIPT = """
     import sys
     from data.config import DataConfig
     from data.loader import PackedLoader
-    from data.leftovers import left_behind
-    path, mode = sys.argv[1:3]
+    path = sys.argv[1]
     config = DataConfig(path=path, seq_len={seq_len}, cache=path + "-cache")
     loader = PackedLoader(config, micro_batch=2, accumulation=2, rank=0, world=1)
     first = loader.next_step()[0].ids_T.sum().item()
     print(loader._samples.prefix, loader._held_out.prefix, first, flush=True)
-    if mode == "stay":
-        sys.stdin.read()
+    sys.stdin.read()
 """
 
 
-def start(path: Path, mode: str) -> subprocess.Popen[str]:
+def start(path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT).format(seq_len=SEQ_LEN), str(path), mode],
+        [sys.executable, "-c", textwrap.dedent(SCRIPT).format(seq_len=SEQ_LEN), str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -49,9 +48,26 @@ def prefixes(process: subprocess.Popen[str]) -> tuple[list[str], int]:
     return [f"{train:06}", f"{held_out:06}"], first
 
 
-def remains(names: list[str]) -> list[Path]:
+def files_of(names: list[str]) -> dict[Path, tuple[int, int]]:
+    """Segments and lock files under these numbers, and which file each one is.
+
+    Other programs take the same numbers as soon as they are free: a name alone says nothing.
+    """
     places = (SHM, Path(tempfile.gettempdir()))
-    return [p for n in names for place in places for p in place.glob(f"{n}_*")]
+    found = [p for n in names for place in places for p in place.glob(f"{n}_*")]
+    return {p: identity(p) for p in found}
+
+
+def identity(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return (0, 0)
+    return found.st_ino, found.st_ctime_ns
+
+
+def still_there(files: dict[Path, tuple[int, int]]) -> dict[Path, tuple[int, int]]:
+    return {p: i for p, i in files.items() if identity(p) == i}
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
@@ -61,44 +77,54 @@ def kill_all(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-def run_to_its_end(path: Path) -> tuple[list[str], int]:
-    process = start(path, "end")
-    result = prefixes(process)
-    assert process.wait(60) == 0
-    return result
+def run_to_its_end(path: Path) -> tuple[dict[Path, tuple[int, int]], int]:
+    process = start(path)
+    names, first = prefixes(process)
+    files = files_of(names)
+    assert files
+    process.communicate()
+    assert process.returncode == 0
+    return files, first
 
 
 @pytest.fixture
 def living(copied: Path) -> Iterator[subprocess.Popen[str]]:
     """A run of the copied corpus that stays alive."""
-    process = start(copied, "stay")
+    process = start(copied)
     yield process
     kill_all(process)
 
 
-def claims() -> set[Path]:
-    return set(SHM.glob(f"tiny-onn.{os.geteuid()}.*.*"))
+def claims(folder: Path) -> list[Path]:
+    """Claims on the splits of a corpus."""
+    found = []
+    for path in SHM.glob(f"tiny-onn.{os.geteuid()}.*.*"):
+        # Those of other programs come and go.
+        with suppress(FileNotFoundError):
+            if f'"folder": "{folder}/' in path.read_text():
+                found.append(path)
+    return found
 
 
 def test_a_run_that_ends_leaves_nothing(copied: Path) -> None:
-    before = claims()
-    names, _ = run_to_its_end(copied)
-    assert remains(names) == []
-    assert claims() <= before
+    files, _ = run_to_its_end(copied)
+    assert still_there(files) == {}
+    assert claims(copied) == []
 
 
 def test_the_next_run_removes_what_a_killed_one_left_and_reads_the_same(
     copied: Path, living: subprocess.Popen[str]
 ) -> None:
     names, first = prefixes(living)
+    assert len(claims(copied)) == 2
     kill_all(living)
-    left = remains(names)
+    left = files_of(names)
     assert {p.name.split("_", 1)[1] for p in left} >= {"locals", "barrier", "barrier_filelock"}
     assert {p for p in left if p.parent == SHM} <= set(left_behind())
     started = time.monotonic()
     again, same = run_to_its_end(copied)
     assert same == first
-    assert remains(names) == [] == remains(again)
+    assert still_there(left) == {} == still_there(again)
     assert time.monotonic() - started < 60
 
 
@@ -106,11 +132,11 @@ def test_a_living_run_of_the_same_data_set_is_left_alone(
     copied: Path, living: subprocess.Popen[str], open_loader: Loaders
 ) -> None:
     names, _ = prefixes(living)
-    before = sorted(remains(names))
+    before = files_of(names)
     loader = open_loader(copied)
     loader.next_step()
     assert loader._samples.prefix not in {int(n) for n in names}
-    assert sorted(remains(names)) == before
+    assert still_there(before) == before
     assert not {p for p in before if p.parent == SHM} & set(left_behind())
 
 
@@ -119,9 +145,9 @@ def test_the_remains_of_another_data_set_are_left_alone(
 ) -> None:
     names, _ = prefixes(living)
     kill_all(living)
-    before = sorted(remains(names))
+    before = files_of(names)
     open_loader(corpus).next_step()
-    assert sorted(remains(names)) == before
+    assert still_there(before) == before
 
 
 def test_segments_without_a_claim_are_left_alone(
@@ -129,15 +155,12 @@ def test_segments_without_a_claim_are_left_alone(
 ) -> None:
     """As another program that uses streaming would leave them, even for the same folder."""
     names, _ = prefixes(living)
-    mine = set(living.args[-2:-1]) if isinstance(living.args, list) else set()
-    assert mine == {str(copied)}
-    for claim in claims():
-        if f'"prefix": {int(names[0])},' in claim.read_text():
-            claim.unlink()
+    for claim in claims(copied):
+        claim.unlink()
     kill_all(living)
-    before = sorted(remains(names[:1]))
+    before = files_of(names)
     open_loader(copied).next_step()
-    assert sorted(remains(names[:1])) == before
+    assert still_there(before) == before
     for path in before:
         path.unlink()
 
@@ -146,9 +169,9 @@ def test_a_cache_folder_can_be_used_again_after_a_kill(texts: Path, tmp_path: Pa
     """Streaming alone refuses to: `Reused local directory`."""
     out = tmp_path / "zipped"
     build(recipe(texts, compression="zstd"), out, SEQ_LEN)
-    process = start(out, "stay")
+    process = start(out)
     _, first = prefixes(process)
-    other = start(out, "stay")
+    other = start(out)
     assert prefixes(other)[1] == first, "two living runs have a folder each"
     kill_all(process)
     assert run_to_its_end(out)[1] == first

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from data.index import read_index
 from data.loader import PackedLoader
@@ -176,6 +177,7 @@ def test_a_bad_shard_is_reported_by_every_rank_and_none_hangs(
 def lose_a_shard(mesh: Mesh, path: str) -> str:
     loader = open_on(mesh, path, 1, 1)
     loader.next_step()
+    dist.barrier()
     if mesh.rank == 1:
         for shard in (Path(path) / "train").glob("*.mds"):
             shard.unlink()
