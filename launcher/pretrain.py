@@ -17,10 +17,11 @@ from data.build import build as build_corpus
 from data.loader import open_corpus
 from data.stored import is_remote
 from launcher import config
+from launcher.components import accumulation
 from launcher.config import ConfigError, RunConfig
 from launcher.lifecycle import RunError, RunFolder
 from launcher.path_verb import run_folder
-from launcher.ranks import launch
+from launcher.ranks import launch, world_size
 from launcher.summary import summary
 
 USAGE = """usage: tiny-onn pretrain CONFIG [--dotted.key value ...]
@@ -50,10 +51,11 @@ def main(argv: Sequence[str]) -> int:
         print(f"run {folder.root} is done; train on under another --name")
         print(summary(folder.root))
         return 0
-    folder.create()
+    accumulation(cfg, world_size(cfg.launch))
     prepare_corpus(cfg, node)
     cfg = resolved(cfg)
     agree_with_saved(cfg, folder)
+    folder.create()
     if node == 0:
         config.save(cfg, folder.config)
     mine = folder.logs / f"{folder.attempt}-node{node}.yaml"
@@ -73,7 +75,9 @@ def _command(argv: Sequence[str]) -> str:
 
 def resolved(cfg: RunConfig) -> RunConfig:
     """Fill in what the corpus decides; raises ConfigError where the two contradict each other."""
-    size = open_corpus(cfg.data).index.vocab_size
+    corpus = open_corpus(cfg.data)
+    corpus.check([cfg.data.train_split, cfg.data.validation_split])
+    size = corpus.index.vocab_size
     if cfg.model.vocab_size not in (0, size):
         raise ConfigError(
             f"model.vocab_size is {cfg.model.vocab_size}, but the tokenizer of {cfg.data.path} has "

@@ -140,6 +140,16 @@ def visible_gpus() -> int:
     return sum(line.startswith("GPU ") for line in found.stdout.splitlines())
 
 
+def ranks_per_node(cfg: LaunchConfig) -> int:
+    """Return how many ranks a launcher starts here."""
+    return cfg.processes or visible_gpus() or 2
+
+
+def world_size(cfg: LaunchConfig) -> int:
+    """Return the ranks of the whole job, if every node is like this one."""
+    return ranks_per_node(cfg) * int(os.environ.get("NNODES", "1"))
+
+
 def usable_cores() -> int:
     """Count the cores this process may use: affinity, Slurm's allocation, the container's quota."""
     cores = len(os.sched_getaffinity(0))
@@ -248,7 +258,7 @@ def launch(arguments: Sequence[str], folder: RunFolder, cfg: LaunchConfig) -> in
         print(f"{folder.stop} asks this run not to run; remove it to go on: rm {folder.stop}")
         return 0
     folder.create()
-    processes = cfg.processes or visible_gpus() or 2
+    processes = ranks_per_node(cfg)
     signals = _Signals()
     before = signals.install()
     ranks: list[_Rank] = []

@@ -5,8 +5,11 @@ Started by `launcher.ranks`, never by hand.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,11 @@ from launcher.evaluate import text_sample, validate
 from launcher.lifecycle import RunFolder
 from launcher.resume import restore
 from launcher.train import Trainer
+from parallel.checkpoint import CheckpointError
+from parallel.deepspeed_env import DeepSpeedError
+from parallel.mesh import MeshError
+from parallel.table_layout import TableError
+from parallel.zero_setup import EngineError
 from tiny_onn.generation import Sampling
 
 
@@ -46,7 +54,33 @@ def generate(c: Components, arguments: dict[str, Any]) -> str:
     return text_sample(c, str(arguments["prompt"]), int(arguments["tokens"]), sampling)
 
 
+EXPECTED = (
+    ValueError,
+    OSError,
+    CheckpointError,
+    DeepSpeedError,
+    EngineError,
+    MeshError,
+    TableError,
+)
+"""Errors whose message says what was found and what to do: a traceback would only hide that."""
+
+
 def main(argv: Sequence[str]) -> int:
+    """Run one rank; returns its exit code."""
+    try:
+        return run(argv)
+    except EXPECTED as e:
+        rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TINY_ONN_TRY", "")
+        where = Path(argv[0]).parent / f"{attempt}-rank{rank}.traceback"
+        with contextlib.suppress(OSError):
+            where.write_text(traceback.format_exc())
+        print(f"rank {rank}: {e}\n(traceback: {where})", file=sys.stderr, flush=True)
+        # Threads of libraries that wait for a peer must not keep the process.
+        os._exit(1)
+
+
+def run(argv: Sequence[str]) -> int:
     """Run one rank."""
     cfg = config.load(Path(argv[0]))
     folder = RunFolder(Path(cfg.runs) / cfg.name)

@@ -105,6 +105,9 @@ class Ranks:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "OMP_NUM_THREADS": "1",
             }
+            if self.device == "cpu":
+                # Some of DeepSpeed puts weights on a GPU wherever it sees one.
+                environment["CUDA_VISIBLE_DEVICES"] = ""
             process = context.Process(target=_serve, args=(theirs, self.device), daemon=True)
             # OpenMP reads its environment once, when the child first loads torch.
             with _environment(environment):

@@ -129,11 +129,11 @@ def test_another_configuration_for_the_same_run_is_refused_with_the_difference(
     path = tiny_config(tmp_path, corpus)
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(reference, run, ignore=shutil.ignore_patterns("DONE", "tensorboard"))
-    before = sorted(p.name for p in run.rglob("*"))
+    before = sorted(str(p) for p in run.rglob("*"))
     code, output = finish(tiny_onn("pretrain", path, "--model.layers", "3"))
     assert code == 1
     assert "model.layers: the run has 2, now asked for 3" in output and "--name" in output
-    assert sorted(p.name for p in run.rglob("*")) == before
+    assert sorted(str(p) for p in run.rglob("*")) == before
 
 
 def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(
