@@ -65,7 +65,7 @@ class RunConfig:
     Attributes:
         name: the run's folder is RUNS/NAME.
         runs: folder of all runs, relative to the working directory.
-        seed: seeds weights, data order and exploration.
+        seed: seeds weights and random generators; the data order has data.shuffle_seed.
         data: corpus and loader.
         model: sizes and kinds.
         engine: precision, optimizer, schedule, offload.

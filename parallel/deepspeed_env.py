@@ -11,6 +11,7 @@ compiles on first use, into `TORCH_EXTENSIONS_DIR` (torch's default is ~/.cache/
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import logging
 import os
@@ -18,6 +19,7 @@ import re
 import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -89,3 +91,23 @@ def require_async_io(deepspeed: ModuleType) -> None:
             "(Debian: apt-get install libaio-dev; or point CFLAGS and LDFLAGS at a copy); "
             "offload to cpu needs neither"
         )
+    compile_op("AsyncIOBuilder", "pin_memory", "async_io")
+
+
+def compile_op(builder: str, *folders: str) -> None:
+    """Load one of DeepSpeed's ops, compiled by the first process of this machine that wants it.
+
+    torch guards a compilation by a file that a killed process leaves behind, and that every later
+    one waits on for ever. Here the kernel's lock decides, which ends with its holder.
+
+    Args:
+        builder: class in deepspeed.ops.op_builder.
+        folders: names under which torch compiles it and what it loads first.
+    """
+    extensions: Any = importlib.import_module("torch.utils.cpp_extension")
+    roots = [Path(extensions._get_build_directory(name, False)) for name in folders]
+    with (roots[-1].parent / f"{folders[-1]}.compiling").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        for root in roots:
+            (root / "lock").unlink(missing_ok=True)
+        getattr(importlib.import_module("deepspeed.ops.op_builder"), builder)().load(verbose=False)

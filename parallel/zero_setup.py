@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.deepspeed_env import compile_op
 from parallel.engine_config import EngineConfig
 from parallel.mesh import Mesh
 
@@ -244,6 +245,7 @@ def build_optimizer(
     if offloaded and (
         options.kernel == "deepspeed" or (options.kernel == "auto" and device.type == "cuda")
     ):
+        compile_op("CPUAdamBuilder", "cpu_adam")
         cpu_adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
         built: torch.optim.Optimizer = cpu_adam(groups, adamw_mode=True, **arguments)
         return built
