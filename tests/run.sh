@@ -5,6 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p .cache
 
+# Bash reads a script while it runs it: in braces it is read first, and may be edited meanwhile.
+{
+
 # What is missing here that Debian's packages bring.
 missing=()
 need() { eval "$1" >/dev/null 2>&1 || missing+=("$2"); }
@@ -64,3 +67,4 @@ step "tests" "$PYTHON" -m pytest -n 2 --dist loadfile -m "not slurm" "${options[
 step "Slurm tests" "$PYTHON" -m pytest -m slurm "${options[@]}" || status=1
 echo "== all: $SECONDS s"
 exit $status
+}
