@@ -120,6 +120,18 @@ def test_a_cancelled_job_saves_and_stays_cancelled(submission: Submission) -> No
     assert not submission.cluster.run("squeue", "-h").strip()
 
 
+def test_a_preempted_job_saves_and_goes_on_when_its_turn_comes(submission: Submission) -> None:
+    body = 'if [[ $try == 1 ]]; then touch "$run/DONE"; exit; fi; trap "save 4; exit" TERM; '
+    body += 'touch "$run/up"; while :; do sleep 0.1; done'
+    play(submission, body).submit("--exclusive")
+    submission.wait((submission.run / "up").exists, 30, "the ranks are up")
+    urgent = ("--partition=urgent", "--nodes=1", "--output=/dev/null", "--wrap=sleep 1")
+    submission.cluster.sbatch(*urgent, cwd=submission.folder)
+    assert submission.wait_finished() == "COMPLETED"
+    assert "cancelled or preempted at committed step 4" in submission.output()
+    assert submission.cluster.job(submission.job)["Restarts"] == "1"
+
+
 def test_a_cluster_that_forbids_requeue_gets_a_successor(submission: Submission) -> None:
     body = '(set -C; echo "$TINY_ONN_TRY" >"$run/first") 2>/dev/null; '
     body += '[[ $(<"$run/first") == "$TINY_ONN_TRY" ]] && exit 1; touch "$run/DONE"'
