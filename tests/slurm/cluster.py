@@ -255,7 +255,7 @@ class SlurmCluster:
         else:
             _must("ip", "link", "add", f"{PREFIX}0", "type", "bridge")
             raise RuntimeError("all subnets of 10.77.0.0/16 are taken by other test clusters")
-        _must("ip", "link", "set", self.bridge, "alias", f"pid {os.getpid()}")
+        _must("ip", "link", "set", self.bridge, "alias", f"{self.folder} {os.getpid()}")
         _must("ip", "addr", "add", f"{self.network}.254/24", "dev", self.bridge)
         _must("ip", "link", "set", self.bridge, "up")
         for i, node in enumerate(self.nodes, 1):
@@ -359,6 +359,7 @@ def remove_leftovers() -> None:
         owner = (device / "ifalias").read_text().split()
         if (device / "bridge").is_dir() and owner and not psutil.pid_exists(int(owner[-1])):
             _remove(device.name)
+            shutil.rmtree(owner[0], ignore_errors=True)
 
 
 if __name__ == "__main__":
