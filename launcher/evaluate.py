@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.rows import RowIndex
 from tiny_onn.generation import Sampling, generate
@@ -37,8 +37,9 @@ class Validation:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(c: Components) -> Iterator[None]:
     """Put the model into evaluation mode, without gradients, for the block."""
+    model = c.engine.module
     was_training = model.training
     model.eval()
     try:
@@ -46,6 +47,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+        if c.table is not None:
+            # The rows that an evaluation fetched are no traffic of the next step.
+            c.table.skip()
 
 
 def validate(c: Components, sequences: int = 0) -> Validation:
@@ -53,7 +57,7 @@ def validate(c: Components, sequences: int = 0) -> Validation:
     device = c.engine.device
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     scale = torch.ones((), device=device)
-    with evaluating(c.engine.module):
+    with evaluating(c):
         for batch in c.loader.evaluation_batches(sequences):
             output = c.forward(batch, c.fetch_rows(batch.ids_T), scale)
             totals += torch.tensor(
@@ -79,7 +83,7 @@ def text_sample(c: Components, prompt: str, tokens: int, sampling: Sampling | No
     """Return the prompt and what the model says after it; every rank draws the same tokens."""
     tokenizer = c.tokenizer
     start = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    with evaluating(c.engine.module):
+    with evaluating(c):
         drawn = list(
             generate(
                 c.engine.forward,
