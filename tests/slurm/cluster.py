@@ -356,8 +356,11 @@ def _remove(bridge: str) -> None:
 def remove_leftovers() -> None:
     """Remove the clusters of test runs that were killed."""
     for device in Path("/sys/class/net").glob(f"{PREFIX}[0-9]*"):
+        # The nodes' cables have such names, too, and go with the bridge.
+        if not (device / "bridge").is_dir():
+            continue
         owner = (device / "ifalias").read_text().split()
-        if (device / "bridge").is_dir() and owner and not psutil.pid_exists(int(owner[-1])):
+        if owner and not psutil.pid_exists(int(owner[-1])):
             _remove(device.name)
             shutil.rmtree(owner[0], ignore_errors=True)
 
