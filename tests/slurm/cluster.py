@@ -27,6 +27,8 @@ from typing import Any
 
 import psutil
 
+from launcher.lifecycle import process_start
+
 PREFIX = "tonn"
 START_SECONDS = 30.0
 PR_SET_PDEATHSIG = 1
@@ -360,7 +362,7 @@ def remove_leftovers() -> None:
         if not (device / "bridge").is_dir():
             continue
         owner = (device / "ifalias").read_text().split()
-        if owner and not psutil.pid_exists(int(owner[-1])):
+        if owner and process_start(int(owner[-1])) is None:
             _remove(device.name)
             shutil.rmtree(owner[0], ignore_errors=True)
 
