@@ -51,10 +51,15 @@ def main(argv: Sequence[str]) -> int:
         print(f"run {folder.root} is done; train on under another --name")
         print(summary(folder.root))
         return 0
-    accumulation(cfg, world_size(cfg.launch))
-    prepare_corpus(cfg, node)
-    cfg = resolved(cfg)
-    agree_with_saved(cfg, folder)
+    try:
+        accumulation(cfg, world_size(cfg.launch))
+        prepare_corpus(cfg, node)
+        cfg = resolved(cfg)
+        agree_with_saved(cfg, folder)
+    except ValueError as e:
+        # A job must not be queued again for what trying again cannot mend.
+        folder.refuse(str(e))
+        raise
     folder.create()
     if node == 0:
         config.save(cfg, folder.config)
