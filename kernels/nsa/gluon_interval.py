@@ -248,6 +248,12 @@ def tile_descriptor(x_NGD: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x_NGD, [N, G * D], [x_NGD.stride(0), 1], [rows, D], layout)
 
 
+def flat_descriptor(x_HT: Tensor, length: int) -> TensorDescriptor:
+    """Describe runs of fp32 numbers to the copy engine."""
+    layout = gl.NVMMASharedLayout(0, 32, rank=1)
+    return TensorDescriptor(x_HT, [x_HT.numel()], [1], [length], layout)
+
+
 def launch(
     q_THD: Tensor,
     k_NGD: Tensor,

@@ -19,9 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.nsa.gluon_interval import tile_descriptor, tile_range
+from kernels.nsa.gluon_interval import flat_descriptor, tile_descriptor, tile_range
 from kernels.nsa.triton_interval import LOG2_E
 
 
@@ -225,12 +224,6 @@ def interval_grad_kv_gluon(
         [4, 1],
         [240, 24],
     )  # fmt: skip
-
-
-def flat_descriptor(x_HT: Tensor, length: int) -> TensorDescriptor:
-    """Describe runs of fp32 numbers to the copy engine."""
-    layout = gl.NVMMASharedLayout(0, 32, rank=1)
-    return TensorDescriptor(x_HT, [x_HT.numel()], [1], [length], layout)
 
 
 def launch(

@@ -52,8 +52,7 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     ),
     "grad_q": tuple(TileConfig(*x) for x in ((64, 32, 4, 3), (128, 64, 8, 2), (64, 64, 4, 3))),
     "score": tuple(
-        TileConfig(*x)
-        for x in ((64, 128, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3))
+        TileConfig(*x) for x in ((64, 128, 4, 2), (64, 128, 4, 3, True), (64, 256, 4, 2, True))
     ),
     "selected_forward": (TileConfig(64, 64, 4, 3),),
     "selected_backward": (TileConfig(64, 64, 4, 2),),
@@ -66,6 +65,7 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
 }
 
 GLUON = {
+    "score": TileConfig(64, 256, 4, 3, True),
     "forward": TileConfig(128, 128, 8, 2, True),
     "selected_forward": TileConfig(64, 64, 4, 2, True),
     "selected_backward": TileConfig(64, 64, 4, 2, True),
