@@ -139,8 +139,8 @@ class Engine:
             if p.partition_numel() * mesh.rank < p.ds_numel
         }
         self._micro_batch = 0
-        if self.tables:
-            self._join_norms()
+        self._tables_wait = False
+        self._join_norms()
 
     @property
     def lr(self) -> float:
@@ -185,6 +185,7 @@ class Engine:
             return None
         self._micro_batch = 0
         lr = self.lr
+        self._tables_wait = True
         for group in self._zero.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         self._deepspeed.step()
@@ -195,9 +196,9 @@ class Engine:
             for table in self.tables:
                 table.skip()
         else:
+            if self._tables_wait:
+                raise EngineError("DeepSpeed stepped without unscaling: the tables were left out")
             self.applied_steps += 1
-            for table in self.tables:
-                table.step(lr, self._clip_coefficient(norm))
         return StepResult(norm, lr, skipped)
 
     def _clip_coefficient(self, norm: float) -> float:
@@ -205,8 +206,11 @@ class Engine:
         return 1.0 / max((norm + 1e-6) / clip, 1.0) if clip > 0 else 1.0
 
     def _join_norms(self) -> None:
-        """Make the tables' gradient norm part of the one that DeepSpeed clips and judges by."""
-        dense_norms = self._zero._get_norm_groups
+        """Make the tables' gradient norm part of the one that DeepSpeed clips and judges by.
+
+        Once it has judged, the tables step first: their host's work runs beside the dense step.
+        """
+        dense_norms, unscale = self._zero._get_norm_groups, self._zero.unscale_and_clip_grads
 
         def norms() -> list[Tensor]:
             groups: list[Tensor] = dense_norms()
@@ -215,7 +219,16 @@ class Engine:
                 groups.append(norm.to(device=groups[0].device, dtype=groups[0].dtype))
             return groups
 
+        def step_tables_and_unscale(sub_group_id: int, total_norm: Tensor) -> None:
+            if self._tables_wait:
+                self._tables_wait = False
+                coefficient = self._clip_coefficient(float(total_norm / self._zero.loss_scale))
+                for table in self.tables:
+                    table.step(self.lr, coefficient)
+            unscale(sub_group_id, total_norm)
+
         self._zero._get_norm_groups = norms
+        self._zero.unscale_and_clip_grads = step_tables_and_unscale
 
     def local_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copy this rank's dense state to host memory, for every offload mode.
