@@ -22,7 +22,6 @@ from kernels.experts.surprise import SurpriseSpec
 from kernels.experts.triton_activation import HiddenRows
 from kernels.experts.triton_route import Routing
 
-BLOCK_T = 64
 SUMS = 4
 """Partial rows per block: of dz, of ds * s, fired tokens, and their surprise."""
 TOTALS = 4
@@ -165,7 +164,10 @@ def lesson_triton(
         spec: what to learn.
     """
     T, E = routing.s_TE.shape
-    N = triton.cdiv(T, BLOCK_T)
+    block_e = max(16, triton.next_power_of_2(E))
+    # About ten [T, E] tiles are alive at once.
+    block_t = max(8, min(32, 2048 // block_e))
+    N = triton.cdiv(T, block_t)
     teach = spec.surprise
     known = teach if teach is not None else SurpriseSpec()
     device = routing.s_TE.device
@@ -175,7 +177,6 @@ def lesson_triton(
         torch.empty(N, SUMS, E, dtype=torch.float32, device=device),
         torch.empty(N, TOTALS, dtype=torch.float32, device=device),
     )
-    block_e = max(16, triton.next_power_of_2(E))
     width = spec.surrogate_width
     _lesson_kernel[(N,)](
         routing.s_TE, routing.z_TE, routing.p_TE, routing.state_TE, routing.x_inv_T,
@@ -185,7 +186,7 @@ def lesson_triton(
         known.temperature, known.kl_weight, known.ce_weight, known.coefficient,
         E=E, TEACH=teach is not None, NORMS=known.kind == "param_grad", GATED=known.gated,
         RELATIVE=known.normalise == "mean", SURROGATE=width > 0,
-        BLOCK_T=BLOCK_T, BLOCK_E=block_e, num_warps=4 if block_e <= 64 else 8,
+        BLOCK_T=block_t, BLOCK_E=block_e, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -337,6 +338,6 @@ def direction_grads_triton(
     _finish_kernel[(triton.cdiv(C, block_c),)](
         part_SEC, direction_EC, w_inv_E, grads.sums_N4E, grads.totals_N4, counts_X, *out, T, N,
         C=C, E=E, SPLITS=splits, COUNT=counts_X is not None,
-        BLOCK_C=block_c, BLOCK_E=block_e, BLOCK_N=max(16, 2048 // block_e), num_warps=warps,
+        BLOCK_C=block_c, BLOCK_E=block_e, BLOCK_N=max(16, 4096 // block_e), num_warps=warps,
     )  # fmt: skip
     return out

@@ -23,8 +23,11 @@ from torch import Tensor
 
 from kernels.experts.spec import RouteSpec
 
-BLOCK_T = 64
-"""Tokens of one program; the unit of `route`'s counts and of `place`."""
+
+def _tile(experts: int) -> tuple[int, int, int]:
+    """Tokens and columns of one program, and its warps: a [T, E] tile that fits into registers."""
+    block_e = max(16, triton.next_power_of_2(experts))
+    return (64 if block_e <= 128 else 32), block_e, (4 if block_e <= 64 else 8)
 
 
 class Routing(NamedTuple):
@@ -266,7 +269,8 @@ def route_triton(
         align: groups start at multiples of it, a power of two.
     """
     (T, C), E = x_TC.shape, direction_EC.shape[0]
-    N, K = triton.cdiv(T, BLOCK_T), spec.slots(E)
+    block_t, block_e, warps = _tile(E)
+    N, K = triton.cdiv(T, block_t), spec.slots(E)
     P = spec.capacity(T, E, align)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -278,7 +282,6 @@ def route_triton(
     count_NE, end_E = empty(N, E, dtype=torch.int32), empty(E, dtype=torch.int32)
     place_TE, slot_TK = empty(T, E, dtype=torch.int32), empty(T, K, dtype=torch.int32)
     gate_TK, gate_P, token_P = empty(T, K), empty(P), empty(P, dtype=torch.int32)
-    block_e = max(16, triton.next_power_of_2(E))
     half = x_TC.dtype == torch.bfloat16 and direction_EC.dtype == torch.bfloat16
     _route_kernel[(N,)](
         x_TC, direction_EC, log_tau, theta_E, bias_E, step_1,
@@ -286,14 +289,14 @@ def route_triton(
         T, spec.tau_0, spec.theta_0, max(spec.stride, 1),
         C=C, E=E, FEWEST=min(spec.fewest, E), MOST=min(spec.most, E),
         BIAS_WEIGHS=spec.bias_weighs, EXPLORE=spec.stride > 0, HALF=half,
-        BLOCK_T=BLOCK_T, BLOCK_C=64 if block_e <= 128 else 32, BLOCK_E=block_e,
-        num_warps=4 if block_e <= 64 else 8, num_stages=3,
+        BLOCK_T=block_t, BLOCK_C=64 if block_e <= 128 else 32, BLOCK_E=block_e,
+        num_warps=warps, num_stages=3,
     )  # fmt: skip
     _place_kernel[(N,)](
         state_TE, p_TE, count_NE, place_TE, slot_TK, gate_TK, token_P, gate_P, end_E,
-        T, N, E=E, K=K, ALIGN=align, BLOCK_T=BLOCK_T, BLOCK_E=block_e,
+        T, N, E=E, K=K, ALIGN=align, BLOCK_T=block_t, BLOCK_E=block_e,
         BLOCK_K=triton.next_power_of_2(K), BLOCK_N=max(16, 4096 // block_e),
-        num_warps=4 if block_e <= 64 else 8,
+        num_warps=warps,
     )  # fmt: skip
     return Routing(
         s_TE, z_TE, p_TE, state_TE, x_inv_T, w_inv_E, place_TE, slot_TK, gate_TK, token_P, gate_P,
