@@ -258,6 +258,7 @@ class StopReason(IntEnum):
     STOP_FILE = 1
     TRY_STOP_FILE = 2
     SIGNAL = 3
+    NOT_SAVED = 4
 
     @property
     def text(self) -> str:
@@ -267,6 +268,7 @@ class StopReason(IntEnum):
             StopReason.STOP_FILE: "the run folder has a STOP file",
             StopReason.TRY_STOP_FILE: "the job is about to end (time limit or preemption)",
             StopReason.SIGNAL: "a signal asked for it",
+            StopReason.NOT_SAVED: "a checkpoint could not be written",
         }[self]
 
 
@@ -288,10 +290,14 @@ class StopRequest:
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, folder: RunFolder, mesh: _Place | None = None) -> None:
-        """Install the handlers; set `mesh` before `requested` is called on more than one rank."""
+        """Install the handlers; set `mesh` before `requested` is called on more than one rank.
+
+        `save_failed` tells whether a checkpoint that is written beside training has failed.
+        """
         self.folder = folder
         self.mesh = mesh
         self.signal: signal.Signals | None = None
+        self.save_failed: Callable[[], bool] = lambda: False
         self._pending: tuple[Any, Any] | None = None
         for number in self.SIGNALS:
             signal.signal(number, self._handle)
@@ -303,6 +309,8 @@ class StopRequest:
 
     def local(self) -> StopReason:
         """What this rank alone knows."""
+        if self.save_failed():
+            return StopReason.NOT_SAVED
         if self.signal is not None:
             return StopReason.SIGNAL
         if self.mesh is None or self.mesh.rank == 0:

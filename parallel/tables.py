@@ -28,13 +28,16 @@ import torch
 from torch import Tensor
 
 from kernels.rows import RowIndex
+from parallel.host_buffers import HostBuffers
 from parallel.mesh import Mesh
 from parallel.table_exchange import Exchange, Plan
 from parallel.table_layout import RowLayout, TableConfig, TableError
 from parallel.table_optim import Fields, GradientSum, squared_norm, update_rows
 from parallel.table_prefetch import ReadAhead
+from parallel.table_snapshot import CHUNK_BYTES, TableSnapshot
 from parallel.table_state import OwnedRows
 from parallel.table_tiers import Tier, TierThread, open_memory_tier, step_rows
+from parallel.tensor_file import TensorSource, TensorSpec
 
 STATE_CHUNK_BYTES = 256 * 2**20
 
@@ -114,6 +117,7 @@ class RowTable:
         self._only_batch: Tensor | None = None
         self._batches = 0
         self._counts: dict[str, int] = {}
+        self._snapshot: TableSnapshot | None = None
         self._reset_step()
 
     def prefetch(self, ids_T: Tensor) -> None:
@@ -202,11 +206,16 @@ class RowTable:
         total, clip, cfg = self._gradient, float(clip_coefficient), self.cfg
         table_lr = lr * cfg.lr_multiplier
         refresh = self._ahead.refresher(total)
+        snapshot = self._snapshot
+        if snapshot is not None:
+            snapshot.wait_for_room()
 
         def update(fields: Fields, grad_NW: Tensor) -> None:
             update_rows(cfg, fields, grad_NW if clip == 1.0 else grad_NW * clip, table_lr)
 
         def work() -> None:
+            if snapshot is not None:
+                snapshot.before_update(total.index_N)
             step_rows(self._tier, total.index_N, total.grad_NW, update)
             refresh()
 
@@ -216,6 +225,39 @@ class RowTable:
     def skip(self) -> None:
         """Drop this step's gradients; the rows stay as they are."""
         self._finish_step()
+
+    def snapshot(self, buffers: HostBuffers | None, chunk_bytes: int = CHUNK_BYTES) -> TensorSource:
+        """Return this rank's rows as of the last step, to be written while training goes on.
+
+        Rows of a host or nvme tier are read chunk by chunk beside the steps, without a second copy
+        of the table (see `table_snapshot`). One snapshot at a time: close it before the next.
+
+        Args:
+            buffers: take a copy of a device tier's rows; with None these must be read before the
+                next step, as the source says.
+            chunk_bytes: size of the pieces, about.
+
+        Returns:
+            Tensors "CHUNK/ids" int64 [n] and "CHUNK/FIELD" fp32 [n, width].
+
+        Raises:
+            TableError: earlier work of the tier failed, or a snapshot is still being read.
+        """
+        if self._snapshot is not None and not self._snapshot.finished:
+            raise TableError(f"table {self.name!r}: the snapshot before is still being read")
+        mesh, rows = self.mesh, self._exchange.local_rows
+        if self._tier.device.type == "cpu":
+            self._thread.check()
+            # Its reads queue behind the updates under way, and those to come know of it.
+            self._snapshot = TableSnapshot(self._tier, self._thread, rows, chunk_bytes)
+            return self._snapshot.source(mesh.rank, mesh.world)
+        fields = self._tier.views() or {}
+        if buffers is not None:
+            fields = {n: buffers.copy(f"{self.name}/{n}", field) for n, field in fields.items()}
+        ids = torch.arange(rows) * mesh.world + mesh.rank
+        tensors = {"000000/ids": ids, **{f"000000/{n}": field for n, field in fields.items()}}
+        specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+        return TensorSource(specs, lambda: iter(tensors.values()), in_memory=buffers is not None)
 
     def state_chunks(self, chunk_bytes: int = STATE_CHUNK_BYTES) -> Iterator[dict[str, Tensor]]:
         """Yield this rank's rows in pieces of about `chunk_bytes`, each with its row ids.
