@@ -91,6 +91,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "data.path",
     "data.cache",
+    "data.stage",
     "data.build",
     "engine.accumulation",
     "engine.offload.",
