@@ -95,6 +95,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "data.path",
     "data.cache",
+    "data.stage",
     "data.build",
     "engine.accumulation",
     "engine.offload.",
