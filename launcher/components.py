@@ -95,6 +95,7 @@ class Components:
     def close(self) -> None:
         """Close every file and thread."""
         self.stop.finish()
+        self.store.close()
         self.watchdog.close()
         self.metrics.close()
         self.loader.close()
@@ -196,6 +197,7 @@ def build(cfg: RunConfig, folder: RunFolder, checkpoints: Path | None = None) ->
     )
     seed_everything(cfg.seed, 1 + mesh.rank)
     store = CheckpointStore(checkpoints or folder.checkpoints, mesh, cfg.checkpoint)
+    stop.save_failed = lambda: store.failed
     metrics = Metrics(folder.root, rank=SILENT)
     return Components(
         cfg, folder, mesh, tokenizer, loader, table, engine, store, metrics, stop, watchdog

@@ -45,6 +45,8 @@ class TrainConfig:
         sample_every: steps between text samples; 0 is never.
         sample_prompt: what the samples start with.
         sample_tokens: length of a sample in tokens.
+        trace_at: first of the steps whose operations rank 0 records into traces/; 0 records none.
+        trace_steps: how many steps are recorded.
     """
 
     steps: int = 300
@@ -56,6 +58,8 @@ class TrainConfig:
     sample_every: int = 100
     sample_prompt: str = "def "
     sample_tokens: int = 48
+    trace_at: int = 0
+    trace_steps: int = 3
 
 
 @dataclass
@@ -91,12 +95,25 @@ MAY_CHANGE = (
     "checkpoint.",
     "data.path",
     "data.cache",
+    "data.stage",
     "data.build",
     "engine.accumulation",
     "engine.offload.",
+    "engine.zero.max_live_parameters",
+    "engine.zero.max_reuse_distance",
+    "engine.zero.overlap_comm",
+    "engine.zero.param_persistence_threshold",
+    "engine.zero.prefetch_bucket_size",
+    "engine.zero.sub_group_size",
+    "model.deepembed.cache_rows",
+    "model.deepembed.direct",
+    "model.deepembed.io_threads",
+    "model.deepembed.nvme_path",
+    "model.deepembed.tier",
     "train.evaluate_",
     "train.stats_every",
     "train.sample_",
+    "train.trace_",
 )
 """Keys that a resumed run may change: they alter neither the losses nor what a checkpoint holds."""
 
@@ -211,7 +228,13 @@ def flat(cfg: RunConfig) -> dict[str, Any]:
 
 def dump(cfg: RunConfig) -> str:
     """Return the configuration as YAML."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(cfg)), sort_keys=False)
+    return yaml.safe_dump(plain(cfg), sort_keys=False)
+
+
+def plain(cfg: RunConfig) -> dict[str, Any]:
+    """Return the configuration as nested plain values, for JSON and YAML."""
+    tree: dict[str, Any] = _plain(dataclasses.asdict(cfg))
+    return tree
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ from launcher.flops import mfu
 from launcher.lifecycle import RunFolder
 from launcher.metrics import StepRecord, memory_bytes, recording
 from launcher.resume import restore, save
+from launcher.trace import Trace
 from parallel.engine import StepResult
 from tiny_onn.dynmoe import update_controllers
 
@@ -61,12 +62,15 @@ class Trainer:
         restore(self.c)
         open_metrics(self.c)
         self.flops = active_flops(cfg)
+        at = cfg.train.trace_at if self.c.mesh.is_first else 0
+        self.trace = Trace(folder.root / "traces", at, cfg.train.trace_steps, self.c.mesh.device)
         self.checkpoint_seconds = 0.0
 
     def train(self) -> Literal["done", "stopped"]:
         """Train to the last step, or until asked to stop; either way a checkpoint is left."""
         cfg, c = self.cfg.train, self.c
         while c.step < cfg.steps:
+            self.trace.step(c.step)
             timer = StepTimer()
             with timer("data"):
                 batches = c.loader.next_step()
@@ -88,8 +92,12 @@ class Trainer:
                 self._save()
             if stop and c.step < cfg.steps:
                 c.metrics.note(f"stopped after step {c.step}: {stop.text}")
+                self.trace.close()
+                self._finish_saving()
                 return "stopped"
+        self.trace.close()
         c.metrics.validation(c.step, validate(c))
+        self._finish_saving()
         return "done"
 
     def _forward_backward_step(
@@ -151,7 +159,11 @@ class Trainer:
             grad_norm=result.grad_norm,
             skipped=result.skipped,
             sample_cursor=c.step * self.cfg.train.global_batch,
-            seconds={**timer.seconds, "checkpoint": checkpoint},
+            seconds={
+                **timer.seconds,
+                "checkpoint": checkpoint,
+                "checkpoint_write": c.store.written_seconds(),
+            },
             memory_bytes=memory_bytes(c.engine.device),
             mfu=mfu(tokens_per_s, self.flops, c.engine.device, c.mesh.world),
             tables=tables,
@@ -161,9 +173,16 @@ class Trainer:
         return every > 0 and (self.c.step if step is None else step) % every == 0
 
     def _save(self) -> None:
+        """Begin to write a checkpoint; raises CheckpointError when the one before failed."""
         start = time.perf_counter()
-        # A step whose line could still be lost must not be the one that a run goes on from.
-        self.c.metrics.flush()
         save(self.c)
-        self.checkpoint_seconds = time.perf_counter() - start
+        self.checkpoint_seconds += time.perf_counter() - start
         self.c.watchdog.beat(self.c.step, "checkpoint")
+
+    def _finish_saving(self) -> None:
+        c = self.c
+        c.store.wait(lambda: c.watchdog.beat(c.step, "checkpoint"))
+        c.metrics.note(
+            f"checkpoint of step {c.step}: training waited {self.checkpoint_seconds:.3f} s for "
+            f"the copy, writing took {c.store.written_seconds():.3f} s"
+        )

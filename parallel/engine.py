@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from parallel.deepspeed_env import load_deepspeed, require_async_io
 from parallel.engine_config import EngineConfig, OffloadConfig, OptimizerConfig, ZeroConfig
+from parallel.host_buffers import HostBuffers
 from parallel.mesh import Mesh
 from parallel.schedule import ScheduleConfig, learning_rate_factor
+from parallel.tensor_file import TensorSource
 from parallel.zero_setup import (
     EngineError,
     build_optimizer,
@@ -230,8 +232,12 @@ class Engine:
         self._zero._get_norm_groups = norms
         self._zero.unscale_and_clip_grads = step_tables_and_unscale
 
-    def local_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copy this rank's dense state to host memory, for every offload mode.
+    def snapshot(self, buffers: HostBuffers | None) -> tuple[TensorSource, dict[str, Any]]:
+        """Return this rank's dense state as of the last step, for every offload mode.
+
+        Args:
+            buffers: take copies in host memory, whole after `buffers.wait()`; with None the source
+                reads the live state, to be done before the next step.
 
         Returns:
             (tensors, meta): fp32 master, first and second moment of this rank's part of every
@@ -245,9 +251,19 @@ class Engine:
                 f"state asked for after micro-batch {self._micro_batch} of "
                 f"{self.cfg.accumulation}: gradients are no part of it; wait for the step's end"
             )
-        tensors, meta = self._state.snapshot()
+        source, meta = self._state.snapshot(buffers)
         steps = {"applied_steps": self.applied_steps, "skipped_steps": self.skipped_steps}
-        return tensors, meta | steps
+        return source, meta | steps
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Host memory that the copies of a snapshot take, about."""
+        return self._state.nbytes
+
+    def local_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copy this rank's dense state to host memory; see `snapshot`."""
+        source, meta = self.snapshot(None)
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in source}, meta
 
     def load_local_state(
         self,

@@ -34,13 +34,16 @@ from torch import Tensor
 from kernels.rows import RowIndex
 from kernels.rows_host import row_kernels
 from kernels.rows_step import Clock, Fields, RowKernels, Rule, TorchRows, Transport, tick
+from parallel.host_buffers import HostBuffers
 from parallel.mesh import Mesh, threads_per_rank
 from parallel.table_batch import DeviceBuffer, Gate, Parts, Staged
 from parallel.table_exchange import Exchange, Plan
 from parallel.table_gradient import BatchGradient, StepGradient
 from parallel.table_layout import RowLayout, TableConfig, TableError
+from parallel.table_snapshot import CHUNK_BYTES, TableSnapshot
 from parallel.table_state import OwnedRows
 from parallel.table_tiers import Tier, TierThread, open_memory_tier
+from parallel.tensor_file import TensorSource, TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +146,7 @@ class RowTable:
         self._ahead: Staged | None = None
         self._fetched: list[Tensor] = []
         self._open: list[Parts] = []
+        self._snapshot: TableSnapshot | None = None
         self._reset_counts()
 
     def prefetch(self, ids_T: Tensor) -> None:
@@ -270,7 +274,11 @@ class RowTable:
             ahead.gate = Gate()
         else:
             ahead = None
-        self._thread.submit(partial(self._update, rule, rows_P, part_of, ahead), "update")
+        if self._snapshot is not None:
+            self._snapshot.wait_for_room()
+        self._thread.submit(
+            partial(self._update, rule, rows_P, part_of, ahead, self._snapshot), "update"
+        )
         self._finish_step(rows_P.shape[0])
 
     def skip(self) -> None:
@@ -278,6 +286,39 @@ class RowTable:
         if self._ahead is not None and self._ahead.deferred_N.shape[0]:
             self._read_deferred(self._ahead)
         self._finish_step(0)
+
+    def snapshot(self, buffers: HostBuffers | None, chunk_bytes: int = CHUNK_BYTES) -> TensorSource:
+        """Return this rank's rows as of the last step, to be written while training goes on.
+
+        Rows of a host or nvme tier are read chunk by chunk beside the steps, without a second copy
+        of the table (see `table_snapshot`). One snapshot at a time: close it before the next.
+
+        Args:
+            buffers: take a copy of a device tier's rows; with None these must be read before the
+                next step, as the source says.
+            chunk_bytes: size of the pieces, about.
+
+        Returns:
+            Tensors "CHUNK/ids" int64 [n] and "CHUNK/FIELD" fp32 [n, width].
+
+        Raises:
+            TableError: earlier work of the tier failed, or a snapshot is still being read.
+        """
+        if self._snapshot is not None and not self._snapshot.finished:
+            raise TableError(f"table {self.name!r}: the snapshot before is still being read")
+        mesh, rows = self.mesh, self._exchange.local_rows
+        if self._tier.device.type == "cpu":
+            self._thread.check()
+            # Its reads queue behind the updates under way, and those to come know of it.
+            self._snapshot = TableSnapshot(self._tier, self._thread, rows, chunk_bytes)
+            return self._snapshot.source(mesh.rank, mesh.world)
+        fields = self._tier.views() or {}
+        if buffers is not None:
+            fields = {n: buffers.copy(f"{self.name}/{n}", field) for n, field in fields.items()}
+        ids = torch.arange(rows) * mesh.world + mesh.rank
+        tensors = {"000000/ids": ids, **{f"000000/{n}": field for n, field in fields.items()}}
+        specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+        return TensorSource(specs, lambda: iter(tensors.values()), in_memory=buffers is not None)
 
     def state_chunks(self, chunk_bytes: int = STATE_CHUNK_BYTES) -> Iterator[dict[str, Tensor]]:
         """Yield this rank's rows in pieces of about `chunk_bytes`, each with its row ids.
@@ -450,8 +491,11 @@ class RowTable:
         rows_P: Tensor,
         part_of: Callable[[int], Tensor],
         ahead: Staged | None,
+        snapshot: TableSnapshot | None,
     ) -> None:
         """Step rows part by part and write on what the batch ahead needs; on the tier's thread."""
+        if snapshot is not None:
+            snapshot.before_update(rows_P.sort().values)
         places_P: Tensor | None = None
         if ahead is not None:
             places_P = ahead.places_of(rows_P)

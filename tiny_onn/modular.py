@@ -78,7 +78,13 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind its norm, added to the residual stream."""
+    """One layer: attention and feed-forward, each behind its norm, added to the residual stream.
+
+    Attributes:
+        gathered_whole: ZeRO-3 gathers and releases the weights of a layer together.
+    """
+
+    gathered_whole = True
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()

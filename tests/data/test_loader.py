@@ -311,3 +311,24 @@ def test_a_moved_corpus_is_the_same_corpus(
     other.load_state_dict(loader.state_dict())
     assert ids(other.next_step()) == ids(loader.next_step())
     assert re.fullmatch("[0-9a-f]{64}", other.corpus.index.identity)
+
+
+def test_staged_shards_are_copied_to_the_nodes_disk_and_checked(
+    corpus: Path, tmp_path: Path, open_loader: Loaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shutil.copytree(corpus, shared)
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "disk"))
+    local, staged = open_loader(corpus), open_loader(shared, stage=True, cache="$NODE_DISK/cache")
+    for _ in range(3):
+        assert ids(staged.next_step()) == ids(local.next_step())
+    assert list((tmp_path / "disk" / "cache").glob("*/train/run0/*.mds"))
+    for shard in (shared / "train").glob("*.mds"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(bytes(content))
+    bad = open_loader(shared, stage=True, cache=str(tmp_path / "other"))
+    with pytest.raises(DataError, match=r"Checksum failure: .*shard\.\d+\.mds"):
+        bad.next_step()
+    with pytest.raises(ValueError, match="does not have that environment variable"):
+        open_loader(shared, stage=True, cache="$NO_SUCH_DISK/cache")
