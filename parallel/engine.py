@@ -12,10 +12,13 @@ coefficient clips both, and a norm that is not finite skips both, on all ranks a
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from parallel.deepspeed_env import load_deepspeed, require_async_io
@@ -73,8 +76,8 @@ class StepResult:
     Attributes:
         grad_norm: global gradient norm before clipping, tables included; inf when not finite.
         lr: learning rate of the schedule (of a group with multiplier 1).
-        skipped: the norm was not finite, so that nothing moved: neither weights, tables, optimizer
-            states nor the schedule.
+        skipped: the norm was not finite, or the step not accepted, so that nothing moved: neither
+            weights, tables, optimizer states nor the schedule.
     """
 
     grad_norm: float
@@ -141,8 +144,9 @@ class Engine:
             if p.partition_numel() * mesh.rank < p.ds_numel
         }
         self._micro_batch = 0
-        if self.tables:
-            self._join_norms()
+        self._norm = 0.0
+        self._accept: Callable[[float], bool] | None = None
+        self._join_norms()
 
     @property
     def lr(self) -> float:
@@ -175,8 +179,12 @@ class Engine:
                     "on it (a zero contribution will do)"
                 )
 
-    def step(self) -> StepResult | None:
+    def step(self, accept: Callable[[float], bool] | None = None) -> StepResult | None:
         """End a micro-batch; after the last of `accumulation`, step weights and tables.
+
+        Args:
+            accept: is given the global gradient norm and says whether the step is applied; must
+                answer alike on all ranks. A norm that is not finite never is.
 
         Returns:
             What the optimizer step did, or None between micro-batches.
@@ -189,9 +197,9 @@ class Engine:
         lr = self.lr
         for group in self._zero.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
+        self._accept = accept
         self._deepspeed.step()
-        norm = float(self._zero._global_grad_norm)
-        skipped = bool(self._zero.overflow)
+        norm, skipped = self._norm, bool(self._zero.overflow)
         if skipped:
             self.skipped_steps += 1
             for table in self.tables:
@@ -207,14 +215,22 @@ class Engine:
         return 1.0 / max((norm + 1e-6) / clip, 1.0) if clip > 0 else 1.0
 
     def _join_norms(self) -> None:
-        """Make the tables' gradient norm part of the one that DeepSpeed clips and judges by."""
+        """Make the tables' gradient norm part of the one that DeepSpeed clips and judges by.
+
+        A step that is not accepted gets a norm that DeepSpeed discards steps for.
+        """
         dense_norms = self._zero._get_norm_groups
+        combine = importlib.import_module("deepspeed.runtime.utils").combine_grad_norm_groups
 
         def norms() -> list[Tensor]:
             groups: list[Tensor] = dense_norms()
             for table in self.tables:
                 norm = table.grad_sq_norm().sqrt()
                 groups.append(norm.to(device=groups[0].device, dtype=groups[0].dtype))
+            # The step's one wait for the device.
+            self._norm = float(combine(groups))
+            if self._accept is not None and not self._accept(self._norm):
+                groups.append(torch.full_like(groups[0], math.inf))
             return groups
 
         self._zero._get_norm_groups = norms
