@@ -82,7 +82,7 @@ class Components:
             batch.labels_T.to(device, non_blocking=True),
             Documents(batch.lengths, device),
             loss_scale,
-            None if rows is None else rows.values_UW,
+            None if rows is None else rows.parts,
             None if rows is None else rows.lookup,
         )
         assert isinstance(output, ModelOutput)

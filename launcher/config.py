@@ -101,6 +101,7 @@ MAY_CHANGE = (
     "spikes.",
     "data.path",
     "data.cache",
+    "data.stage",
     "data.build",
     "engine.accumulation",
     "engine.offload.",

@@ -122,11 +122,12 @@ class Trainer:
             loss = nll_sum.item() / labels
             return c.spikes.accept(c.step + 1, loss, norm)
 
-        for batch in batches:
+        for i, batch in enumerate(batches):
             with timer("tables"):
                 rows = c.fetch_rows(batch.ids_T)
-                if c.table is not None and batch is batches[-1]:
-                    c.table.prefetch(c.loader.peek_ids())
+                if c.table is not None:
+                    coming = [*batches[i + 1 : i + 2]] or c.loader.peek_step()
+                    c.table.prefetch(coming[0].ids_T)
             with timer("forward"):
                 output = c.forward(batch, rows, scale)
             with timer("backward"):

@@ -144,6 +144,7 @@ class Engine:
             if p.partition_numel() * mesh.rank < p.ds_numel
         }
         self._micro_batch = 0
+        self._tables_wait = False
         self._norm = 0.0
         self._accept: Callable[[float], bool] | None = None
         self._join_norms()
@@ -195,6 +196,7 @@ class Engine:
             return None
         self._micro_batch = 0
         lr = self.lr
+        self._tables_wait = True
         for group in self._zero.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         self._accept = accept
@@ -205,9 +207,9 @@ class Engine:
             for table in self.tables:
                 table.skip()
         else:
+            if self._tables_wait:
+                raise EngineError("DeepSpeed stepped without unscaling: the tables were left out")
             self.applied_steps += 1
-            for table in self.tables:
-                table.step(lr, self._clip_coefficient(norm))
         return StepResult(norm, lr, skipped)
 
     def _clip_coefficient(self, norm: float) -> float:
@@ -217,9 +219,10 @@ class Engine:
     def _join_norms(self) -> None:
         """Make the tables' gradient norm part of the one that DeepSpeed clips and judges by.
 
-        A step that is not accepted gets a norm that DeepSpeed discards steps for.
+        A step that is not accepted gets a norm that DeepSpeed discards steps for. Once it is, the
+        tables step first: their host's work runs beside the dense step.
         """
-        dense_norms = self._zero._get_norm_groups
+        dense_norms, unscale = self._zero._get_norm_groups, self._zero.unscale_and_clip_grads
         combine = importlib.import_module("deepspeed.runtime.utils").combine_grad_norm_groups
 
         def norms() -> list[Tensor]:
@@ -233,7 +236,16 @@ class Engine:
                 groups.append(torch.full_like(groups[0], math.inf))
             return groups
 
+        def step_tables_and_unscale(sub_group_id: int, total_norm: Tensor) -> None:
+            if self._tables_wait:
+                self._tables_wait = False
+                coefficient = self._clip_coefficient(self._norm)
+                for table in self.tables:
+                    table.step(self.lr, coefficient)
+            unscale(sub_group_id, total_norm)
+
         self._zero._get_norm_groups = norms
+        self._zero.unscale_and_clip_grads = step_tables_and_unscale
 
     def snapshot(self, buffers: HostBuffers | None) -> tuple[TensorSource, dict[str, Any]]:
         """Return this rank's dense state as of the last step, for every offload mode.

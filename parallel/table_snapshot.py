@@ -17,8 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from parallel.table_optim import Fields
-from parallel.table_tiers import Tier, TierThread
+from parallel.table_tiers import Fields, Tier, TierThread
 from parallel.tensor_file import TensorSource, TensorSpec
 
 CHUNK_BYTES = 16 * 2**20

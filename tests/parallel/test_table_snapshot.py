@@ -75,7 +75,7 @@ def test_an_update_under_way_belongs_to_the_snapshot_behind_it() -> None:
     train(SINGLE, run, table, last=1)
     before = state_of(table)
     rows = table.fetch(run.ids(1, 0, 0))
-    rows.values_UW.sum().backward()
+    rows.whole().sum().backward()
     table.accumulate(rows)
     table.grad_sq_norm()
     gate = threading.Event()
