@@ -359,6 +359,11 @@ CHECKS: tuple[dict[str, Any], ...] = (
     {"lengths": [900], "heads": 8, "groups": 1, "dim": 96},
     {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "magnitude": 3e3},
     {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "equal": True},
+    {"lengths": [1, 15, 31, 32, 33, 63, 64, 65, 127, 1000], "heads": 16, "groups": 1, "dim": 128},
+    {"lengths": [1, 63, 1500], "heads": 16, "groups": 2, "dim": 128},
+    {"lengths": [1300], "heads": 16, "groups": 1, "dim": 128, "magnitude": 3e3},
+    {"lengths": [1300], "heads": 16, "groups": 1, "dim": 64, "equal": True},
+    {"lengths": [65, 700], "heads": 12, "groups": 3, "dim": 64},
 )
 
 
