@@ -76,11 +76,11 @@ class Trainer:
                 batches = c.loader.next_step()
                 labels, label_bytes = self._count(batches)
             with recording(c.engine.module, self._due(cfg.stats_every, c.step + 1)) as stats:
-                nll_sum, result = self._forward_backward_step(batches, labels, timer)
+                sums, result = self._forward_backward_step(batches, labels, timer)
             update_controllers(c.engine.module)
             c.step += 1
             c.tokens += cfg.global_batch * self.cfg.data.seq_len
-            record = self._record(nll_sum, labels, label_bytes, result, timer)
+            record = self._record(sums, labels, label_bytes, result, timer)
             c.metrics.step(record, stats)
             c.watchdog.beat(c.step)
             if self._due(cfg.evaluate_every) and c.step < cfg.steps:
@@ -103,7 +103,11 @@ class Trainer:
     def _forward_backward_step(
         self, batches: Sequence[Batch], labels: int, timer: StepTimer
     ) -> tuple[Tensor, StepResult]:
-        """Run every micro-batch of a step; returns all ranks' summed nll (fp32 0-dim)."""
+        """Run every micro-batch of a step.
+
+        Returns:
+            All ranks' sums, fp64 on the device: the nll, then `table.stats` in its order.
+        """
         c, device = self.c, self.c.engine.device
         # Gradients are summed over micro-batches and averaged over ranks: scaled like this they are
         # those of the mean over every label of the global batch, however the labels are spread.
@@ -127,8 +131,10 @@ class Trainer:
                 result = c.engine.step()
             nll_sum += output.nll_sum
         assert result is not None, "the engine steps at the last micro-batch"
-        dist.all_reduce(nll_sum)
-        return nll_sum, result
+        counts = [] if c.table is None else [float(n) for n in c.table.stats.values()]
+        sums = torch.cat((nll_sum.double()[None], torch.tensor(counts).to(device, torch.float64)))
+        dist.all_reduce(sums)
+        return sums, result
 
     def _count(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """Count labels and the bytes they stand for, over all ranks' batches of this step."""
@@ -142,13 +148,14 @@ class Trainer:
         return int(counts[0]), int(counts[1])
 
     def _record(
-        self, nll_sum: Tensor, labels: int, label_bytes: int, result: StepResult, timer: StepTimer
+        self, sums: Tensor, labels: int, label_bytes: int, result: StepResult, timer: StepTimer
     ) -> StepRecord:
         c = self.c
-        nats, seconds = nll_sum.item(), timer.total()
+        nats, *counts = sums.tolist()
+        seconds = timer.total()
         tokens_per_s = self.cfg.train.global_batch * self.cfg.data.seq_len / seconds
         checkpoint, self.checkpoint_seconds = self.checkpoint_seconds, 0.0
-        tables = {} if c.table is None else {k: float(v) for k, v in c.table.stats.items()}
+        tables = {} if c.table is None else dict(zip(c.table.stats, counts, strict=True))
         return StepRecord(
             step=c.step,
             loss=nats / labels,
