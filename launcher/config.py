@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import tempfile
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ import yaml
 
 from data.config import DataConfig
 from launcher.lifecycle import LaunchConfig
+from launcher.spikes import SpikeConfig
 from parallel.checkpoint import CheckpointConfig
 from parallel.engine_config import EngineConfig
 from tiny_onn.modular import ModelConfig
@@ -75,6 +78,7 @@ class RunConfig:
         engine: precision, optimizer, schedule, offload.
         train: steps, batch, cadence.
         checkpoint: cadence and retention.
+        spikes: steps that are not applied.
         launch: processes and time-outs.
     """
 
@@ -86,6 +90,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
@@ -93,6 +98,7 @@ MAY_CHANGE = (
     "runs",
     "launch.",
     "checkpoint.",
+    "spikes.",
     "data.path",
     "data.cache",
     "data.stage",
@@ -136,9 +142,8 @@ def keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
             yield from keys(nested, f"{prefix}{name}.")
 
 
+@functools.cache
 def _dataclass_of(cls: type, name: str) -> type | None:
-    import typing
-
     hint = typing.get_type_hints(cls)[name]
     for candidate in (hint, *typing.get_args(hint)):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):

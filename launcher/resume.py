@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from launcher.config import plain
+from launcher.rollback import skipped_windows
 from parallel.checkpoint import Checkpoint, CheckpointError, list_checkpoints, verify
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def save(c: Components) -> None:
             "step": c.step,
             "tokens": c.tokens,
             "loader": c.loader.state_dict(),
+            "spikes": c.spikes.state_dict(),
             "run": c.cfg.name,
             "config": plain(c.cfg),
         },
@@ -55,15 +57,21 @@ def save(c: Components) -> None:
 def restore(c: Components, step: int | None = None) -> None:
     """Go on from the newest verified checkpoint, or from that of `step`; on all ranks together.
 
-    Sets `c.step` and `c.tokens`. A run without checkpoints starts at step 0. The number of ranks
-    may differ from the one that saved.
+    A run without checkpoints starts at step 0. The number of ranks may differ from the one that
+    saved.
 
     Raises:
         CheckpointError: checkpoints exist and none is intact, or none is of `step`.
     """
     checkpoint = c.store.newest() if step is None else _of_step(c, step)
-    if checkpoint is None:
-        return
+    if checkpoint is not None:
+        load(c, checkpoint)
+        if c.mesh.is_first:
+            print(_announcement(checkpoint, c), flush=True)
+
+
+def load(c: Components, checkpoint: Checkpoint) -> None:
+    """Put a verified checkpoint in place; on all ranks together. Sets `c.step` and `c.tokens`."""
     same_world = checkpoint.world == c.mesh.world
     saved_rank = c.mesh.rank if same_world else 0
     meta = checkpoint.rank_meta_of(saved_rank)
@@ -78,9 +86,13 @@ def restore(c: Components, step: int | None = None) -> None:
     if same_world:
         set_random_state(checkpoint.load(RANDOM), meta["random"], c.engine.device)
     c.loader.load_state_dict(checkpoint.meta["loader"])
+    windows = skipped_windows(c.folder)
+    c.loader.leave_out([(window.begin, window.end) for window in windows])
+    if "spikes" in checkpoint.meta:
+        c.spikes.load_state_dict(checkpoint.meta["spikes"])
     c.step, c.tokens = int(checkpoint.meta["step"]), int(checkpoint.meta["tokens"])
-    if c.mesh.is_first:
-        print(_announcement(checkpoint, c), flush=True)
+    # Told with the next step, in whatever process that comes.
+    c.event = next((w.event() for w in reversed(windows) if w.step == c.step), None)
 
 
 def _of_step(c: Components, step: int) -> Checkpoint:
