@@ -126,11 +126,11 @@ class RowTable:
         self.dtype = torch.float32 if cfg.transport == "fp32" else dtype
         self.stats: dict[str, int] = {}
         self._exchange = Exchange(name, rows, mesh)
+        self._kernels = self._choose_kernels()
+        self.kernel = self._kernels.name
         self._tier = self._open_tier()
         self._pinned = mesh.device.type == "cuda" and self._tier.device.type == "cpu"
         self._thread = TierThread(name, self._tier.device, mesh.device)
-        self._kernels = self._choose_kernels()
-        self.kernel = self._kernels.name
         self.parts = groups
         self._views = self._part_views()
         self._stream: Any | None = None
@@ -385,7 +385,7 @@ class RowTable:
         if self.cfg.tier == "nvme":
             from parallel.table_nvme import open_nvme_tier
 
-            return open_nvme_tier(self._exchange, self.layout, self.cfg)
+            return open_nvme_tier(self._exchange, self.layout, self.cfg, self._kernels)
         device = self.mesh.device if self.cfg.tier == "device" else torch.device("cpu")
         return open_memory_tier(self._exchange, self.layout, device)
 
@@ -412,7 +412,7 @@ class RowTable:
 
     def _choose_kernels(self) -> RowKernels:
         choice = self.cfg.kernel
-        if self._tier.device.type != "cpu":
+        if self.cfg.tier == "device" and self.mesh.device.type != "cpu":
             return TorchRows()
         if choice == "auto":
             choice = "compiled" if self.mesh.device.type == "cuda" else "torch"
@@ -458,7 +458,9 @@ class RowTable:
             kept = torch.ones(wanted, dtype=torch.bool, device=rows.device)
             kept[staged.deferred_N] = False
             places_N = kept.nonzero()[:, 0]
-        self._thread.submit(partial(self._gather, staged, places_N, staged.gate), kind)
+        # Rows of the step under way must not leave a cache for those of the next.
+        held_N = torch.cat(self._fetched) if self._fetched else None
+        self._thread.submit(partial(self._gather, staged, places_N, staged.gate, held_N), kind)
 
     def _read_deferred(self, staged: Staged) -> None:
         """Have the deferred rows read now, as no update will write them."""
@@ -466,7 +468,13 @@ class RowTable:
         gate = staged.gate = Gate()
         self._thread.submit(partial(self._gather, staged, places_N, gate), "read")
 
-    def _gather(self, staged: Staged, places_N: Tensor | None, gate: Gate | None) -> None:
+    def _gather(
+        self,
+        staged: Staged,
+        places_N: Tensor | None,
+        gate: Gate | None,
+        held_N: Tensor | None = None,
+    ) -> None:
         """Read rows at `places_N` of a batch (None is all); on the tier's thread."""
         rows_LNw = staged.rows_LNw
         assert rows_LNw is not None
@@ -474,7 +482,7 @@ class RowTable:
         for at in range(0, wanted_N.shape[0], self._tier.chunk_rows):
             part = slice(at, at + self._tier.chunk_rows)
             last = part.stop >= wanted_N.shape[0]
-            slots_N = self._tier.slots(wanted_N[part], write=False)
+            slots_N = self._tier.slots(wanted_N[part], write=False, held_N=held_N)
             places = None if places_N is None else places_N[part]
             for k, view in enumerate(self._views):
                 # Without places the rows of a chunk lie side by side.

@@ -32,8 +32,6 @@ Plan = tuple[str, str]
 STAGE_OF = {
     "forward": "forward compressed",
     "finish_forward": "forward selected+window+merge",
-    "gluon": "forward of it selected",
-    "gluon_backward": "backward selected",
     "piece_forward": "forward of it selected",
     "grad_q": "backward dq+merge",
     "grad_kv": "backward compressed dkv",
@@ -54,15 +52,27 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     ),
     "grad_q": tuple(TileConfig(*x) for x in ((64, 32, 4, 3), (128, 64, 8, 2), (64, 64, 4, 3))),
     "score": tuple(
-        TileConfig(*x)
-        for x in ((64, 128, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3))
+        TileConfig(*x) for x in ((64, 128, 4, 2), (64, 128, 4, 3, True), (64, 256, 4, 2, True))
     ),
-    "gluon": (False,),
-    "gluon_backward": (False,),
+    "selected_forward": (TileConfig(64, 64, 4, 3),),
+    "selected_backward": (TileConfig(64, 64, 4, 2),),
+    "forward": (TileConfig(128, 128, 8, 3), TileConfig(128, 64, 8, 3, True)),
+    "grad_kv": (TileConfig(64, 128, 8, 3), TileConfig(64, 128, 8, 2, True)),
+    "window_grad_kv": (TileConfig(64, 64, 4, 2), TileConfig(64, 128, 8, 2, True)),
     "piece_forward": (32, 128, 256),
     "piece_backward": (128, 512),
     "partial_rows": (4096 * 64 * 16, 16384 * 64 * 16),
 }
+
+GLUON = {
+    "score": TileConfig(64, 256, 4, 3, True),
+    "forward": TileConfig(128, 128, 8, 2, True),
+    "selected_forward": TileConfig(64, 64, 4, 2, True),
+    "selected_backward": TileConfig(64, 64, 4, 2, True),
+    "grad_kv": TileConfig(64, 128, 8, 3, True),
+    "window_grad_kv": TileConfig(64, 128, 8, 3, True),
+}
+"""Kernels in Gluon, each adopted for the rest of the sweep when it is right."""
 
 
 def check(configs: KernelConfigs, heads: int, groups: int, dim: int) -> list[str]:
@@ -152,12 +162,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     base = triton_config.kernel_configs()
     shape = (options.heads, options.groups, options.dim)
     begin = time.perf_counter()
-    kinds: dict[Plan, KernelConfigs] = {
-        (name, "True"): replace(base, **{name: True}) for name in ("gluon", "gluon_backward")
+    kinds = {
+        (name, "gluon"): replace(base, **{name: tile})  # type: ignore[arg-type]
+        for name, tile in GLUON.items()
     }
     for (name, _), lines in check_all(kinds, shape, options.workers).items():
-        print(f"{name}: {'; '.join(lines) or 'right'}", flush=True)
-        base = replace(base, **{name: not lines})
+        print(f"{name} in Gluon: {'; '.join(lines) or 'right'}", flush=True)
+        if not lines:
+            base = replace(base, **{name: GLUON[name]})  # type: ignore[arg-type]
     plans: dict[Plan, KernelConfigs] = {("base", "base"): base}
     for field in options.only:
         for value in VARIANTS[field]:

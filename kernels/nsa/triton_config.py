@@ -12,12 +12,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}
 
 @dataclass(frozen=True)
 class TileConfig:
-    """BM rows of queries by BN keys, warps per program, software pipeline stages."""
+    """BM rows of queries by BN keys, warps per program, software pipeline stages.
+
+    With `gluon` the kernel is the one in Gluon where that takes the call: `warps` is then fixed by
+    the kernel, and Triton's kernel takes the other calls with the same tile.
+    """
 
     BM: int
     BN: int
     warps: int
     stages: int
+    gluon: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,6 @@ class KernelConfigs:
 
     For the selected kernels BM counts rows (queries times heads of the group) and BN is
     not used: the keys are one selected block. `piece_*` are the queries that one program serves.
-    `gluon` and `gluon_backward` say whether the selected branch's kernels are those in Gluon.
     """
 
     forward: TileConfig
@@ -43,8 +47,6 @@ class KernelConfigs:
     top_k_rows: int
     score_chunk: int
     partial_rows: int
-    gluon: bool
-    gluon_backward: bool
 
 
 _HOPPER = KernelConfigs(
@@ -62,8 +64,6 @@ _HOPPER = KernelConfigs(
     top_k_rows=1,
     score_chunk=4096,
     partial_rows=8192 * 64 * 16,
-    gluon=False,
-    gluon_backward=False,
 )
 
 _INTERPRETER = KernelConfigs(
@@ -81,8 +81,6 @@ _INTERPRETER = KernelConfigs(
     top_k_rows=32,
     score_chunk=96,
     partial_rows=64 * 4 * 4,
-    gluon=False,
-    gluon_backward=False,
 )
 
 

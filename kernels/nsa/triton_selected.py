@@ -240,7 +240,7 @@ def selected_partials(
         "BM": BM,
         "WIDE": max(T * H, partials.part.shape[0]) * max(D, DV) >= 2**31,
     }
-    if configs.gluon and gluon_takes(q_THD, k_TGD, v_TGD, spec, BM):
+    if tile.gluon and gluon_takes(q_THD, k_TGD, v_TGD, spec, BM):
         from kernels.nsa.gluon_selected import selected_forward_gluon
 
         selected_forward_gluon[(pieces.most_per_chunk,)](*arguments, **sizes, num_warps=4)

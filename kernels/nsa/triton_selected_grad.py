@@ -254,7 +254,6 @@ class SelectedGrad:
         self._tensors = (q_THD, k_TGD, v_TGD, do_THD, lse_TH, delta_TH)
         self._lists, self._layout, self._spec = lists, layout, spec
         self._scale, self._tile = scale, configs.selected_backward
-        self._gluon = configs.gluon_backward
         NB, SELECT, device, f32 = layout.n_blocks, spec.select, q_THD.device, torch.float32
         self._pieces = cut_pieces(lists, G, NB, spec.selected, configs.piece_backward)
         self.partials = q_THD.new_empty(min(T, lists.chunk_tokens) * H * spec.selected, D)
@@ -290,7 +289,7 @@ class SelectedGrad:
             "WIDE": max(T * H, self.partials.shape[0]) * max(D, DV) >= 2**31,
             "RESUME": c > 0,
         }
-        if self._gluon and gluon_takes(q, k, v, spec, BM):
+        if tile.gluon and gluon_takes(q, k, v, spec, BM):
             from kernels.nsa.gluon_selected_grad import selected_backward_gluon
 
             selected_backward_gluon[(pieces.most_per_chunk,)](*arguments, **sizes, num_warps=4)
