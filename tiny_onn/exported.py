@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kernels import Documents
-from kernels.rows import RowIndex, row_index, unique_ids
+from kernels.rows import RowIndex, row_index, split_layers, unique_ids
 from tiny_onn.generation import Sampling, generate
 from tiny_onn.modular import ModelConfig, TinyOnn
 
@@ -64,14 +64,15 @@ class Exported:
     step: int
     table_VW: Tensor | None
 
-    def rows(self, ids_T: Tensor) -> tuple[Tensor | None, RowIndex | None]:
-        """Return the DeepEmbed rows of some tokens and which of them each token uses."""
+    def rows(self, ids_T: Tensor) -> tuple[Sequence[Tensor] | None, RowIndex | None]:
+        """Return DeepEmbed's rows of some tokens, a tensor [U, W] per layer, and each one's row."""
         if self.table_VW is None:
             return None, None
         weight = next(self.model.parameters())
         unique_U, inverse_T = unique_ids(ids_T.cpu())
         values_UW = self.table_VW.index_select(0, unique_U).to(weight.device, weight.dtype)
-        return values_UW, row_index(inverse_T.to(weight.device), unique_U.shape[0])
+        layers = split_layers(values_UW, self.cfg.layers)
+        return layers, row_index(inverse_T.to(weight.device), unique_U.shape[0])
 
     @torch.no_grad()
     def logits(self, ids_T: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
