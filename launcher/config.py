@@ -115,6 +115,7 @@ MAY_CHANGE = (
     "model.deepembed.direct",
     "model.deepembed.io_threads",
     "model.deepembed.nvme_path",
+    "model.deepembed.threads",
     "model.deepembed.tier",
     "train.evaluate_",
     "train.stats_every",
@@ -162,12 +163,13 @@ def _check_known(found: Sequence[str], where: str) -> None:
             raise ConfigError(f"{where}: unknown key '{key}'{hint}")
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested plain values."""
     known = set(keys())
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and any(k.startswith(f"{key}.") for k in known):
-            yield from _flatten(value, f"{key}.")
+            yield from flatten(value, f"{key}.")
         else:
             yield key, value
 
@@ -213,7 +215,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: unknown key (with the nearest right one), wrong type, unreadable file.
     """
     tree = read_yaml(path)
-    _check_known([key for key, _ in _flatten(tree)], str(path))
+    _check_known([key for key, _ in flatten(tree)], str(path))
     arguments = _overrides(overrides)
     p = parser()
     try:
@@ -228,7 +230,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def flat(cfg: RunConfig) -> dict[str, Any]:
     """Return {dotted key: plain value} of the whole configuration."""
     tree = yaml.safe_load(dump(cfg))
-    return dict(_flatten(tree))
+    return dict(flatten(tree))
 
 
 def dump(cfg: RunConfig) -> str:
