@@ -210,12 +210,18 @@ def _shown(case: Case) -> list[str]:
     return ["expert_surprise", "surprise", "router_loss", "agreement"] if teaches else []
 
 
-def run_triton(case: Case, routing: Routing, stats: dict[str, Tensor] | None = None) -> Tensor:
+def run_triton(
+    case: Case,
+    routing: Routing,
+    stats: dict[str, Tensor] | None = None,
+    counts_X: Tensor | None = None,
+) -> Tensor:
     """Run the Triton layer on a case's own leaves."""
     x, direction, log_tau, theta, w_in, w_out, *scale = case.leaves
     return dynmoe_triton(
         x, direction, log_tau, theta, w_in, w_out, routing, case.spec,
-        hidden_scale_TF=scale[0] if scale else None, loss_scale=case.loss_scale, stats=stats,
+        hidden_scale_TF=scale[0] if scale else None, loss_scale=case.loss_scale,
+        stats=stats, counts_X=counts_X,
     )  # fmt: skip
 
 
@@ -234,9 +240,15 @@ def compare(case: Case, tolerance: float = 1e-5) -> Report:
     routing = decide(case)
     report = Report(wrong_decisions(case, routing, tolerance))
     stats: dict[str, Tensor] = {}
-    y = run_triton(case, routing, stats)
+    counts_X = torch.zeros(
+        case.leaves[1].shape[0] + 1, dtype=torch.int64, device=case.grad_TC.device
+    )
+    y = run_triton(case, routing, stats, counts_X)
     grads = torch.autograd.grad(y, case.leaves, case.grad_TC)
     ours = [y.detach(), *grads, *(stats[name] for name in _shown(case))]
+    fired_E = (routing.state_TE == 1).sum(0)
+    if not torch.equal(counts_X, torch.cat([fired_E, fired_E.new_tensor([len(case.grad_TC)])])):
+        report.decisions.append("the counter does not hold the tokens fired per expert")
     exact = _reference(case, routing, torch.float64, "loop")
     plain = _reference(case, routing, case.leaves[0].dtype, "grouped")
     names = ["y", *LEAVES[: len(case.leaves)], *_shown(case)]

@@ -246,12 +246,12 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         blocks = n + tl.arange(0, BLOCK_N)
         block_mask = blocks < N
         mask = block_mask[:, None] & expert_mask[None, :]
-        at = sums_ptr + blocks[:, None] * 4 * E + experts[None, :]
-        ds_s += tl.sum(tl.load(at + E, mask=mask, other=0.0), axis=0)
+        sums_at = sums_ptr + blocks[:, None] * 4 * E + experts[None, :]
+        ds_s += tl.sum(tl.load(sums_at + E, mask=mask, other=0.0), axis=0)
         if pid == 0:
-            dz += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
-            fired += tl.sum(tl.load(at + 2 * E, mask=mask, other=0.0), axis=0)
-            surprise += tl.sum(tl.load(at + 3 * E, mask=mask, other=0.0), axis=0)
+            dz += tl.sum(tl.load(sums_at, mask=mask, other=0.0), axis=0)
+            fired += tl.sum(tl.load(sums_at + 2 * E, mask=mask, other=0.0), axis=0)
+            surprise += tl.sum(tl.load(sums_at + 3 * E, mask=mask, other=0.0), axis=0)
             total_at = totals_ptr + blocks * 4
             loss += tl.sum(tl.load(total_at, mask=block_mask, other=0.0), axis=0)
             taught += tl.sum(tl.load(total_at + 1, mask=block_mask, other=0.0), axis=0)
@@ -278,9 +278,9 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         tl.store(scalars_ptr + 1, loss / tl.maximum(taught, 1.0))
         tl.store(scalars_ptr + 2, agree / tl.maximum(taught, 1.0))
         if COUNT:
-            at = counter_ptr + experts
-            count = tl.load(at, mask=expert_mask, other=0) + fired.to(tl.int64)
-            tl.store(at, count, mask=expert_mask)
+            counter_at = counter_ptr + experts
+            count = tl.load(counter_at, mask=expert_mask, other=0) + fired.to(tl.int64)
+            tl.store(counter_at, count, mask=expert_mask)
             tl.store(counter_ptr + E, tl.load(counter_ptr + E) + T)
 
 

@@ -201,8 +201,9 @@ def combine_dx_triton(
     """
     (T, C), E, K = x_TC.shape, a_TE.shape[1], slot_TK.shape[1]
     out_TC = torch.empty_like(x_TC)
-    block_t, block_c = 32, min(128, max(16, triton.next_power_of_2(C)))
     half = x_TC.dtype == torch.bfloat16 and direction_EC.dtype == torch.bfloat16
+    # An fp32 product has no tensor core and keeps its operands in registers.
+    block_t, block_c = 32, min(128 if half else 32, max(16, triton.next_power_of_2(C)))
     _combine_dx_kernel[(triton.cdiv(T, block_t), triton.cdiv(C, block_c))](
         rows_PC, slot_TK, gate_TK, x_TC, a_TE, centre_T, direction_EC, out_TC, T,
         C=C, E=E, K=K, HALF=half, BLOCK_T=block_t, BLOCK_C=block_c,
