@@ -17,7 +17,7 @@ from kernels.experts.activation import Activation, inner_width
 from kernels.experts.api import Implementation as Products
 from kernels.experts.layer import Router, logits, run_decided
 from kernels.experts.router import fire
-from kernels.experts.spec import LayerSpec, RouteSpec
+from kernels.experts.spec import LayerSpec, ProductTiles, RouteSpec
 from kernels.experts.surprise import SurpriseSpec
 from kernels.experts.triton_layer import dynmoe_triton, route
 from kernels.experts.triton_route import Routing
@@ -65,6 +65,7 @@ def random_case(
     surrogate_width: float = 1.0,
     bias_weighs: bool = True,
     favour: int | None = None,
+    products: ProductTiles | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
@@ -96,6 +97,7 @@ def random_case(
         route=RouteSpec(width**0.5, theta_0, fewest, most, bias_weighs, stride),
         surprise=surprise,
         surrogate_width=surrogate_width,
+        products=products or ProductTiles(),
     )
     return Case(
         [leaf.requires_grad_() for leaf in leaves],
@@ -227,7 +229,7 @@ def run_triton(
 
 def decide(case: Case) -> Routing:
     """Route a case's tokens by Triton."""
-    return route(case.leaves[0], *case.router(case.leaves), case.spec.route)
+    return route(case.leaves[0], *case.router(case.leaves), case.spec)
 
 
 def compare(case: Case, tolerance: float = 1e-5) -> Report:

@@ -14,8 +14,6 @@ Shapes: T tokens, P rows, E experts, C width, F hidden, I inner (swiglu 2F, relu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.experts.activation import Activation
+from kernels.experts.spec import Tiles
 from kernels.experts.triton_activation import HiddenRows
 from kernels.experts.triton_route import Routing
 
@@ -30,41 +29,6 @@ ALIGN = 128
 """Rows of a tile, and what groups are padded to."""
 
 PLAIN, FORWARD, BACKWARD = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How one kernel is tiled.
-
-    Attributes:
-        n: columns of a tile.
-        k: depth of a step.
-        warps: of a program.
-        stages: of the software pipeline.
-        flatten: pipeline across the tiles of a program, too.
-        per_unit: programs per multiprocessor.
-        m: rows of a weight-gradient tile; row tiles have ALIGN.
-    """
-
-    n: int = 256
-    k: int = 64
-    warps: int = 8
-    stages: int = 4
-    flatten: bool = True
-    per_unit: int = 1
-    m: int = 128
-
-
-@dataclass(frozen=True)
-class ProductTiles:
-    """Tiles of every product of a layer."""
-
-    up: Tiles = Tiles(n=128)
-    down: Tiles = Tiles()
-    dh: Tiles = Tiles(n=128)
-    dx: Tiles = Tiles()
-    dw_in: Tiles = Tiles()
-    dw_out: Tiles = Tiles()
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -98,7 +62,7 @@ def _end_forward(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _end_backward(  # type: ignore[no-untyped-def]
     dh, token, rows, columns, mask, inner_ptr, scale_ptr, gate_ptr, unit,
-    h_ptr, dinner_ptr, dscale_ptr, dp_ptr, h_sq_ptr, dinner_sq_ptr,
+    h_ptr, dinner_ptr, dscale_ptr, dp_ptr, h_sq_ptr, dinner_sq_ptr, part,
     F: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """Store gate * h, gate * dinner, and this tile's part of dp and of the squared norms."""
@@ -128,26 +92,26 @@ def _end_backward(  # type: ignore[no-untyped-def]
         tl.store(dinner_ptr + at + F, (dup * gate).to(kind), mask=mask)
         if NORMS:
             dinner_sq = tl.sum((du * unit) * (du * unit) + (dup * unit) * (dup * unit), axis=1)
-            tl.store(dinner_sq_ptr + rows, dinner_sq)
+            tl.store(dinner_sq_ptr + part + rows, dinner_sq)
     else:
         u = tl.maximum(u, 0.0)
         a = u * u
         du = 2.0 * u * da
         if NORMS:
-            tl.store(dinner_sq_ptr + rows, tl.sum((du * unit) * (du * unit), axis=1))
+            tl.store(dinner_sq_ptr + part + rows, tl.sum((du * unit) * (du * unit), axis=1))
     tl.store(dinner_ptr + at, (du * gate).to(kind), mask=mask)
     h = a
     if SCALED:
         h = a * scale
         tl.store(dscale_ptr + out, (a * dh * gate).to(kind), mask=mask)
-    tl.store(dp_ptr + rows, tl.sum(tl.where(mask, dh * h, 0.0), axis=1))
+    tl.store(dp_ptr + part + rows, tl.sum(tl.where(mask, dh * h, 0.0), axis=1))
     if NORMS:
-        tl.store(h_sq_ptr + rows, tl.sum(h * h, axis=1))
+        tl.store(h_sq_ptr + part + rows, tl.sum(h * h, axis=1))
     tl.store(h_ptr + out, (h * gate).to(kind), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0912
+def _rows_kernel(  # type: ignore[no-untyped-def]
     a_ptr, a_desc, b_desc, token_ptr, end_ptr, out_ptr,
     inner_ptr, scale_ptr, gate_ptr, unit_ptr, h_ptr, dinner_ptr, dscale_ptr,
     dp_ptr, h_sq_ptr, dinner_sq_ptr, P,
@@ -205,8 +169,8 @@ def _rows_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0912
             part = (tile % column_tiles).to(tl.int64) * P
             _end_backward(
                 total, token, rows, columns, mask, inner_ptr, scale_ptr, gate_ptr, unit,
-                h_ptr, dinner_ptr, dscale_ptr, dp_ptr + part, h_sq_ptr + part,
-                dinner_sq_ptr + part, N, GATED, SCALED, NORMS,
+                h_ptr, dinner_ptr, dscale_ptr, dp_ptr, h_sq_ptr, dinner_sq_ptr, part,
+                N, GATED, SCALED, NORMS,
             )  # fmt: skip
 
 
