@@ -89,13 +89,17 @@ def stages(  # noqa: PLR0915  (a list of launches)
         for c in range(lists.n_chunks):
             selected_partials(q, ks, vs, partials, lists, pieces, c, layout, spec, scale, configs)
 
-    def forward_finish() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return finish_forward(
-            q, (ks, vs), (kw, vw), gates, compressed, selected, lists, lse[1], layout, spec,
-            scale, configs,
-        )  # fmt: skip
+    def forward_window() -> Tensor:
+        return interval_forward(q, kw, vw, seen[0], seen[1], lse[1], scale, configs.window_forward)
 
-    out, slc, window, lse_slc = forward_finish()
+    window = forward_window()
+
+    def forward_finish() -> tuple[Tensor, Tensor, Tensor]:
+        return finish_forward(
+            q, ks, vs, gates, compressed, window, selected, lists, layout, spec, scale, configs
+        )
+
+    out, slc, lse_slc = forward_finish()
     do = torch.randn_like(out)
     delta, folded, delta_slc, folded_slc, _ = branch_deltas(
         do, compressed, slc, window, gates, lse, lse_slc, configs
@@ -150,7 +154,8 @@ def stages(  # noqa: PLR0915  (a list of launches)
             pairs_c * D,
         ),
         "lists": (lambda: block_lists(keys, layout.n_blocks, chunk), 0.0),
-        "selected+window+merge": (forward_finish, (pairs_s + pairs_w) * (D + DV)),
+        "window": (forward_window, pairs_w * (D + DV)),
+        "selected+merge": (forward_finish, pairs_s * (D + DV)),
         "of it selected": (forward_selected, pairs_s * (D + DV)),
     }
     backward: dict[str, Stage] = {
