@@ -179,9 +179,13 @@ class DenseFfn(nn.Module):
         nn.init.normal_(self.w_out_CF, std=init_std)
 
     def forward(
-        self, x_TC: Tensor, hidden_scale_TF: Tensor | None, loss_scale: Tensor | None = None
+        self,
+        x_TC: Tensor,
+        hidden_scale_TF: Tensor | None,
+        loss_scale: Tensor | None = None,
+        first: int = 0,
     ) -> Tensor:
-        """Return [T, C]; hidden_scale_TF multiplies the hidden activations, loss_scale idles."""
+        """Return [T, C]; hidden_scale_TF multiplies the hidden activations, the others idle."""
         h_TF = activate(self.activation, F.linear(x_TC, self.w_in_IC))
         if hidden_scale_TF is not None:
             h_TF = h_TF * hidden_scale_TF.to(h_TF.dtype)
@@ -254,7 +258,11 @@ class DynMoe(nn.Module):
         return self
 
     def forward(
-        self, x_TC: Tensor, hidden_scale_TF: Tensor | None, loss_scale: Tensor | None
+        self,
+        x_TC: Tensor,
+        hidden_scale_TF: Tensor | None,
+        loss_scale: Tensor | None,
+        first: int = 0,
     ) -> Tensor:
         """Return the weighted sum of the fired experts, [T, C] in the dtype of x.
 
@@ -263,6 +271,8 @@ class DynMoe(nn.Module):
             hidden_scale_TF: factor on the hidden activations [T, F] (DeepEmbed `hidden`) or None.
             loss_scale: fp32 0-dim, d(loss passed to backward)/d(nll of one token); needed to train
                 with surprise. S is free of it; the router's gradient carries it like any other.
+            first: index of x's first token in a sequence that ranks share, so that the same tokens
+                explore however many ranks share it.
         """
         cfg, teach = self.cfg, self.training and self.spec is not None
         s_TE = cosine_scores(x_TC, self.direction_EC)
@@ -273,7 +283,7 @@ class DynMoe(nn.Module):
             fired_TE = fire(biased_TE, *cfg.fired_bounds)
             exploring = teach and self.stride > 0
             explored_TE = (
-                explore(biased_TE, fired_TE, self.step_1, self.stride) if exploring else None
+                explore(biased_TE, fired_TE, self.step_1, self.stride, first) if exploring else None
             )
         # The balancing bias of plain top-k selects and does not weigh.
         z_TE = biased_TE if self.spec is not None else z_TE
