@@ -47,6 +47,8 @@ class TrainConfig:
         sample_every: steps between text samples; 0 is never.
         sample_prompt: what the samples start with.
         sample_tokens: length of a sample in tokens.
+        trace_at: first of the steps whose operations rank 0 records into traces/; 0 records none.
+        trace_steps: how many steps are recorded.
     """
 
     steps: int = 300
@@ -58,6 +60,8 @@ class TrainConfig:
     sample_every: int = 100
     sample_prompt: str = "def "
     sample_tokens: int = 48
+    trace_at: int = 0
+    trace_steps: int = 3
 
 
 @dataclass
@@ -102,6 +106,7 @@ MAY_CHANGE = (
     "train.evaluate_",
     "train.stats_every",
     "train.sample_",
+    "train.trace_",
 )
 """Keys that a resumed run may change: they alter neither the losses nor what a checkpoint holds."""
 

@@ -24,6 +24,7 @@ from launcher.flops import mfu
 from launcher.lifecycle import RunFolder
 from launcher.metrics import StepRecord, memory_bytes, recording
 from launcher.resume import restore, save
+from launcher.trace import Trace
 from parallel.engine import StepResult
 from tiny_onn.dynmoe import update_controllers
 
@@ -61,12 +62,15 @@ class Trainer:
         restore(self.c)
         open_metrics(self.c)
         self.flops = active_flops(cfg)
+        at = cfg.train.trace_at if self.c.mesh.is_first else 0
+        self.trace = Trace(folder.root / "traces", at, cfg.train.trace_steps, self.c.mesh.device)
         self.checkpoint_seconds = 0.0
 
     def train(self) -> Literal["done", "stopped"]:
         """Train to the last step, or until asked to stop; either way a checkpoint is left."""
         cfg, c = self.cfg.train, self.c
         while c.step < cfg.steps:
+            self.trace.step(c.step)
             timer = StepTimer()
             with timer("data"):
                 batches = c.loader.next_step()
@@ -88,7 +92,9 @@ class Trainer:
                 self._save()
             if stop and c.step < cfg.steps:
                 c.metrics.note(f"stopped after step {c.step}: {stop.text}")
+                self.trace.close()
                 return "stopped"
+        self.trace.close()
         c.metrics.validation(c.step, validate(c))
         return "done"
 
