@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels import Documents
 from kernels.rows import RowIndex
 from parallel.group_exchange import GroupExchange
+from tiny_onn.activations import Activations, Checkpointing, checkpointing_of
 from tiny_onn.attention import Attention, AttentionConfig, Cache
 from tiny_onn.deepembed import DeepEmbedConfig, DeepEmbedScale, DeepEmbedTable, split_layers
 from tiny_onn.dynmoe import DynMoeConfig, build_ffn
@@ -43,7 +43,8 @@ class ModelConfig:
         norm_eps: epsilon of every RMSNorm.
         init_std: standard deviation of the initial weights of embedding and head.
         loss_chunk: tokens whose logits exist at once in the chunked cross entropy.
-        activation_checkpointing: recompute every block in the backward pass.
+        activation_checkpointing: what is kept for the backward pass: "none" recomputes nothing,
+            "recompute" keeps each block's input only, "offload" keeps that in host memory.
     """
 
     vocab_size: int = 0
@@ -53,10 +54,14 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     loss_chunk: int = 1024
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing | bool = "none"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     ffn: DynMoeConfig = field(default_factory=DynMoeConfig)
     deepembed: DeepEmbedConfig = field(default_factory=DeepEmbedConfig)
+
+    def __post_init__(self) -> None:
+        """Give old configurations' true and false their names; raises ValueError on others."""
+        self.activation_checkpointing = checkpointing_of(self.activation_checkpointing)
 
     @property
     def deepembed_width(self) -> int:
@@ -218,12 +223,13 @@ class TinyOnn(nn.Module):
         x_TC = self.embedding(ids_T)
         attention = self.cfg.attention
         cos_TD, sin_TD = rope_tables(positions_T, attention.rope_dim, attention.rope_theta)
+        activations = Activations(checkpointing_of(self.cfg.activation_checkpointing))
         for i, block in enumerate(self.blocks):
-            inputs = (x_TC, cos_TD, sin_TD, docs, loss_scale, layers[i], index, first)
-            if self.cfg.activation_checkpointing and torch.is_grad_enabled():
-                x_TC = checkpoint(block, *inputs, use_reentrant=False)
+            inputs = (cos_TD, sin_TD, docs, loss_scale, layers[i], index, first)
+            if caches is not None:
+                x_TC = block(x_TC, *inputs, caches[i])
             else:
-                x_TC = block(*inputs, caches[i] if caches is not None else None)
+                x_TC = activations.run(block, x_TC, *inputs)
         x_TC = self.norm(x_TC)
         if labels_T is None:
             logits_TV: Tensor = self.head(x_TC)
