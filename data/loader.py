@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data.config import DataConfig
 from data.host import together
@@ -129,16 +128,11 @@ class PackedLoader:
         self._steps += 1
         return batches
 
-    def peek_ids(self) -> Tensor:
-        """Return this rank's ids of the step after the one handed out last, without taking it.
-
-        Returns:
-            int64 [accumulation · micro_batch · S], CPU, micro-batch after micro-batch; of a shared
-            micro-batch this rank's part.
-        """
+    def peek_step(self) -> list[Batch]:
+        """Return this rank's micro-batches of the step after the one handed out last; not taken."""
         if self._ahead is None:
             self._ahead = self._read_step()
-        return torch.cat([batch.ids_T for batch in self._ahead])
+        return self._ahead
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the steps handed out so far end; plain JSON values, alike on all ranks."""

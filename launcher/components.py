@@ -77,7 +77,7 @@ class Components:
             batch.labels_T.to(device, non_blocking=True),
             Documents(batch.lengths, device),
             loss_scale,
-            None if rows is None else rows.values_UW,
+            None if rows is None else rows.parts,
             None if rows is None else rows.lookup,
         )
         assert isinstance(output, ModelOutput)
@@ -96,6 +96,7 @@ class Components:
     def close(self) -> None:
         """Close every file and thread."""
         self.stop.finish()
+        self.store.close()
         self.watchdog.close()
         self.metrics.close()
         self.loader.close()
@@ -218,6 +219,7 @@ def build(cfg: RunConfig, folder: RunFolder, checkpoints: Path | None = None) ->
     )
     seed_everything(cfg.seed, 1 + mesh.rank)
     store = CheckpointStore(checkpoints or folder.checkpoints, mesh, cfg.checkpoint)
+    stop.save_failed = lambda: store.failed
     metrics = Metrics(folder.root, rank=SILENT)
     return Components(
         cfg, folder, mesh, tokenizer, loader, table, engine, store, metrics, stop, watchdog

@@ -100,9 +100,21 @@ MAY_CHANGE = (
     "checkpoint.",
     "data.path",
     "data.cache",
+    "data.stage",
     "data.build",
     "engine.accumulation",
     "engine.offload.",
+    "engine.zero.max_live_parameters",
+    "engine.zero.max_reuse_distance",
+    "engine.zero.overlap_comm",
+    "engine.zero.param_persistence_threshold",
+    "engine.zero.prefetch_bucket_size",
+    "engine.zero.sub_group_size",
+    "model.deepembed.cache_rows",
+    "model.deepembed.direct",
+    "model.deepembed.io_threads",
+    "model.deepembed.nvme_path",
+    "model.deepembed.tier",
     "train.evaluate_",
     "train.stats_every",
     "train.sample_",
@@ -221,7 +233,13 @@ def flat(cfg: RunConfig) -> dict[str, Any]:
 
 def dump(cfg: RunConfig) -> str:
     """Return the configuration as YAML."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(cfg)), sort_keys=False)
+    return yaml.safe_dump(plain(cfg), sort_keys=False)
+
+
+def plain(cfg: RunConfig) -> dict[str, Any]:
+    """Return the configuration as nested plain values, for JSON and YAML."""
+    tree: dict[str, Any] = _plain(dataclasses.asdict(cfg))
+    return tree
 
 
 def _plain(value: Any) -> Any:

@@ -286,6 +286,7 @@ def _environment(
     place: Rendezvous, local: int, processes: int, cfg: LaunchConfig, attempt: str
 ) -> dict[str, str]:
     environment = dict(os.environ)
+    environment.update({name: str(value) for name, value in cfg.environment.items()})
     environment.update(
         RANK=str(place.node * processes + local),
         WORLD_SIZE=str(place.nodes * processes),

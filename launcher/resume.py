@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from launcher.config import plain
 from parallel.checkpoint import Checkpoint, CheckpointError, list_checkpoints, verify
 
 if TYPE_CHECKING:
@@ -19,21 +20,35 @@ DENSE, RANDOM = "dense", "random"
 
 
 def save(c: Components) -> None:
-    """Commit a checkpoint of step `c.step`; on all ranks together.
+    """Begin to write a checkpoint of step `c.step`; on all ranks together.
+
+    Returns as soon as training may go on; `c.store.wait()` waits for the commit.
 
     Raises:
-        CheckpointError: it could not be written; earlier ones are untouched.
+        CheckpointError: the checkpoint before could not be written; earlier ones are untouched.
     """
-    dense, dense_meta = c.engine.local_state()
+    c.store.wait(lambda: c.watchdog.beat(c.step, "checkpoint"))
+    buffers = c.store.host_buffers(c.engine.snapshot_bytes)
+    dense, dense_meta = c.engine.snapshot(buffers)
     tensors, values = random_state(c.engine.device)
-    shards = {DENSE: dense, RANDOM: tensors}
+    shards: dict[str, Any] = {DENSE: dense, RANDOM: tensors}
     for name, table in c.tables.items():
-        shards[table_kind(name)] = table.local_state()
-    c.store.save(
+        shards[table_kind(name)] = table.snapshot(buffers)
+    if buffers is not None:
+        buffers.wait()
+    c.store.start(
         c.step,
         shards,
         {"dense": dense_meta, "random": values},
-        {"step": c.step, "tokens": c.tokens, "loader": c.loader.state_dict(), "run": c.cfg.name},
+        {
+            "step": c.step,
+            "tokens": c.tokens,
+            "loader": c.loader.state_dict(),
+            "run": c.cfg.name,
+            "config": plain(c.cfg),
+        },
+        # A step whose line could still be lost must not be the one that a run goes on from.
+        before_commit=c.metrics.flush,
     )
 
 
@@ -58,8 +73,8 @@ def restore(c: Components, step: int | None = None) -> None:
         lambda rank: checkpoint.shard(DENSE, rank),
     )
     for name, table in c.tables.items():
-        ranks = [c.mesh.rank] if same_world else range(checkpoint.world)
-        table.load_shards(dict(checkpoint.shard(table_kind(name), rank)) for rank in ranks)
+        ranks = checkpoint.ranks_with_rows_of(c.mesh.rank, c.mesh.world)
+        table.load_shards(checkpoint.pieces(table_kind(name), ranks))
     if same_world:
         set_random_state(checkpoint.load(RANDOM), meta["random"], c.engine.device)
     c.loader.load_state_dict(checkpoint.meta["loader"])

@@ -24,8 +24,9 @@ class StepRecord:
         grad_norm: global norm before clipping.
         skipped: the step was not applied (non-finite norm).
         sample_cursor: samples consumed since the start of the run.
-        seconds: wall seconds by part: data, forward, backward, optimizer, checkpoint (that of the
-            checkpoint saved since the step before, which cannot be known earlier).
+        seconds: wall seconds by part: data, forward, backward, optimizer; checkpoint, for which
+            the loop waited since the step before; checkpoint_write, the whole time of a checkpoint
+            whose writing beside the steps ended meanwhile.
         memory_bytes: peak of the GPU, or resident memory of the process.
         mfu: model FLOP utilisation 0 … 1, None on a CPU.
         sample_ids: which samples the step trained on, when worth keeping.

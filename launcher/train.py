@@ -93,9 +93,11 @@ class Trainer:
             if stop and c.step < cfg.steps:
                 c.metrics.note(f"stopped after step {c.step}: {stop.text}")
                 self.trace.close()
+                self._finish_saving()
                 return "stopped"
         self.trace.close()
         c.metrics.validation(c.step, validate(c))
+        self._finish_saving()
         return "done"
 
     def _forward_backward_step(
@@ -108,11 +110,12 @@ class Trainer:
         scale = torch.tensor(c.mesh.world / labels, device=device)
         nll_sum = torch.zeros((), device=device)
         result: StepResult | None = None
-        for batch in batches:
+        for i, batch in enumerate(batches):
             with timer("tables"):
                 rows = c.fetch_rows(batch.ids_T)
-                if c.table is not None and batch is batches[-1]:
-                    c.table.prefetch(c.loader.peek_ids())
+                if c.table is not None:
+                    coming = [*batches[i + 1 : i + 2]] or c.loader.peek_step()
+                    c.table.prefetch(coming[0].ids_T)
             with timer("forward"):
                 output = c.forward(batch, rows, scale)
             with timer("backward"):
@@ -156,7 +159,11 @@ class Trainer:
             grad_norm=result.grad_norm,
             skipped=result.skipped,
             sample_cursor=c.step * self.cfg.train.global_batch,
-            seconds={**timer.seconds, "checkpoint": checkpoint},
+            seconds={
+                **timer.seconds,
+                "checkpoint": checkpoint,
+                "checkpoint_write": c.store.written_seconds(),
+            },
             memory_bytes=memory_bytes(c.engine.device),
             mfu=mfu(tokens_per_s, self.flops, c.engine.device, c.mesh.world),
             tables=tables,
@@ -166,9 +173,16 @@ class Trainer:
         return every > 0 and (self.c.step if step is None else step) % every == 0
 
     def _save(self) -> None:
+        """Begin to write a checkpoint; raises CheckpointError when the one before failed."""
         start = time.perf_counter()
-        # A step whose line could still be lost must not be the one that a run goes on from.
-        self.c.metrics.flush()
         save(self.c)
-        self.checkpoint_seconds = time.perf_counter() - start
+        self.checkpoint_seconds += time.perf_counter() - start
         self.c.watchdog.beat(self.c.step, "checkpoint")
+
+    def _finish_saving(self) -> None:
+        c = self.c
+        c.store.wait(lambda: c.watchdog.beat(c.step, "checkpoint"))
+        c.metrics.note(
+            f"checkpoint of step {c.step}: training waited {self.checkpoint_seconds:.3f} s for "
+            f"the copy, writing took {c.store.written_seconds():.3f} s"
+        )

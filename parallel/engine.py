@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from parallel.deepspeed_env import load_deepspeed, require_async_io
 from parallel.engine_config import EngineConfig, OffloadConfig, OptimizerConfig, ZeroConfig
+from parallel.host_buffers import HostBuffers
 from parallel.mesh import Mesh
 from parallel.schedule import ScheduleConfig, learning_rate_factor
+from parallel.tensor_file import TensorSource
 from parallel.zero_setup import (
     EngineError,
     build_optimizer,
@@ -139,8 +141,8 @@ class Engine:
             if p.partition_numel() * mesh.rank < p.ds_numel
         }
         self._micro_batch = 0
-        if self.tables:
-            self._join_norms()
+        self._tables_wait = False
+        self._join_norms()
 
     @property
     def lr(self) -> float:
@@ -185,6 +187,7 @@ class Engine:
             return None
         self._micro_batch = 0
         lr = self.lr
+        self._tables_wait = True
         for group in self._zero.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         self._deepspeed.step()
@@ -195,9 +198,9 @@ class Engine:
             for table in self.tables:
                 table.skip()
         else:
+            if self._tables_wait:
+                raise EngineError("DeepSpeed stepped without unscaling: the tables were left out")
             self.applied_steps += 1
-            for table in self.tables:
-                table.step(lr, self._clip_coefficient(norm))
         return StepResult(norm, lr, skipped)
 
     def _clip_coefficient(self, norm: float) -> float:
@@ -205,8 +208,11 @@ class Engine:
         return 1.0 / max((norm + 1e-6) / clip, 1.0) if clip > 0 else 1.0
 
     def _join_norms(self) -> None:
-        """Make the tables' gradient norm part of the one that DeepSpeed clips and judges by."""
-        dense_norms = self._zero._get_norm_groups
+        """Make the tables' gradient norm part of the one that DeepSpeed clips and judges by.
+
+        Once it has judged, the tables step first: their host's work runs beside the dense step.
+        """
+        dense_norms, unscale = self._zero._get_norm_groups, self._zero.unscale_and_clip_grads
 
         def norms() -> list[Tensor]:
             groups: list[Tensor] = dense_norms()
@@ -215,10 +221,23 @@ class Engine:
                 groups.append(norm.to(device=groups[0].device, dtype=groups[0].dtype))
             return groups
 
-        self._zero._get_norm_groups = norms
+        def step_tables_and_unscale(sub_group_id: int, total_norm: Tensor) -> None:
+            if self._tables_wait:
+                self._tables_wait = False
+                coefficient = self._clip_coefficient(float(total_norm / self._zero.loss_scale))
+                for table in self.tables:
+                    table.step(self.lr, coefficient)
+            unscale(sub_group_id, total_norm)
 
-    def local_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copy this rank's dense state to host memory, for every offload mode.
+        self._zero._get_norm_groups = norms
+        self._zero.unscale_and_clip_grads = step_tables_and_unscale
+
+    def snapshot(self, buffers: HostBuffers | None) -> tuple[TensorSource, dict[str, Any]]:
+        """Return this rank's dense state as of the last step, for every offload mode.
+
+        Args:
+            buffers: take copies in host memory, whole after `buffers.wait()`; with None the source
+                reads the live state, to be done before the next step.
 
         Returns:
             (tensors, meta): fp32 master, first and second moment of this rank's part of every
@@ -232,9 +251,19 @@ class Engine:
                 f"state asked for after micro-batch {self._micro_batch} of "
                 f"{self.cfg.accumulation}: gradients are no part of it; wait for the step's end"
             )
-        tensors, meta = self._state.snapshot()
+        source, meta = self._state.snapshot(buffers)
         steps = {"applied_steps": self.applied_steps, "skipped_steps": self.skipped_steps}
-        return tensors, meta | steps
+        return source, meta | steps
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Host memory that the copies of a snapshot take, about."""
+        return self._state.nbytes
+
+    def local_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copy this rank's dense state to host memory; see `snapshot`."""
+        source, meta = self.snapshot(None)
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in source}, meta
 
     def load_local_state(
         self,

@@ -26,8 +26,7 @@ from torch import Tensor
 from parallel.table_cache import SlotCache
 from parallel.table_exchange import Exchange
 from parallel.table_layout import RowLayout, TableConfig, TableError
-from parallel.table_optim import Fields
-from parallel.table_tiers import RESERVE, available_host_bytes, refuse_unless_fits
+from parallel.table_tiers import RESERVE, Fields, available_host_bytes, refuse_unless_fits
 
 SECTOR = 512
 CHUNK_BYTES = 32 * 2**20

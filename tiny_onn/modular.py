@@ -84,7 +84,13 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind its norm, added to the residual stream."""
+    """One layer: attention and feed-forward, each behind its norm, added to the residual stream.
+
+    Attributes:
+        gathered_whole: ZeRO-3 gathers and releases the weights of a layer together.
+    """
+
+    gathered_whole = True
 
     def __init__(self, cfg: ModelConfig, layer: int, exchange: GroupExchange | None = None) -> None:
         super().__init__()
@@ -121,7 +127,7 @@ class Block(nn.Module):
             y_TC = self.ffn(h_TC, self.deepembed(values_UW, index), loss_scale, first)
         else:
             y_TC = self.ffn(h_TC, None, loss_scale, first)
-            y_TC = self.deepembed.modulate(y_TC, values_UW, index)
+            return self.deepembed.modulate(y_TC, values_UW, index, x_TC)
         return x_TC + y_TC
 
 
@@ -179,7 +185,7 @@ class TinyOnn(nn.Module):
         labels_T: Tensor | None,
         docs: Documents | None,
         loss_scale: Tensor,
-        values_UW: Tensor | None = None,
+        layers: Sequence[Tensor] | None = None,
         index: RowIndex | None = None,
         caches: list[Cache] | None = None,
     ) -> ModelOutput | Tensor:
@@ -191,7 +197,8 @@ class TinyOnn(nn.Module):
             labels_T: next-token ids with -100 where there is none, int64 [T]; None asks for logits.
             docs: document boundaries of the whole sequence; None with caches.
             loss_scale: fp32 0-dim, d(loss for backward)/d(nll of one token), averaging included.
-            values_UW: DeepEmbed rows of the batch's unique ids [U, L*W] (`rows` partition only).
+            layers: DeepEmbed rows of the batch's unique ids, [U, W] of each layer, asked for one
+                after another as the layers come (`rows` partition only).
             index: which of the U rows each token uses.
             caches: one per layer for decoding; ids_T then holds one token.
 
@@ -215,17 +222,16 @@ class TinyOnn(nn.Module):
             positions_T = docs.positions[first:stop]
         if self.deepembed_table is not None:
             values_UW, index = self.deepembed_table(ids_T)
-        layers: Sequence[Tensor | None] = [None] * self.cfg.layers
-        if self.cfg.deepembed.kind != "off":
-            if values_UW is None:
-                raise ValueError("this model has a DeepEmbed table: pass values_UW and index")
             layers = split_layers(values_UW, self.cfg.layers)
+        if self.cfg.deepembed.kind != "off" and layers is None:
+            raise ValueError("this model has a DeepEmbed table: pass layers and index")
         x_TC = self.embedding(ids_T)
         attention = self.cfg.attention
         cos_TD, sin_TD = rope_tables(positions_T, attention.rope_dim, attention.rope_theta)
         activations = Activations(checkpointing_of(self.cfg.activation_checkpointing))
         for i, block in enumerate(self.blocks):
-            inputs = (cos_TD, sin_TD, docs, loss_scale, layers[i], index, first)
+            values_UW = layers[i] if layers is not None else None
+            inputs = (cos_TD, sin_TD, docs, loss_scale, values_UW, index, first)
             if caches is not None:
                 x_TC = block(x_TC, *inputs, caches[i])
             else:

@@ -15,13 +15,13 @@ from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_compress import compress, compress_backward
 from kernels.nsa.triton_config import KernelConfigs, kernel_configs
 from kernels.nsa.triton_delta import branch_deltas
+from kernels.nsa.triton_finish import finish_forward
 from kernels.nsa.triton_interval import interval_forward
 from kernels.nsa.triton_interval_grad_kv import interval_grad_kv
 from kernels.nsa.triton_interval_grad_q import interval_grad_q
 from kernels.nsa.triton_layout import PackedLayout
 from kernels.nsa.triton_select import BlockLists, block_lists, select_blocks
-from kernels.nsa.triton_selected import selected_forward
-from kernels.nsa.triton_selected_grad import selected_backward
+from kernels.nsa.triton_selected_grad import SelectedGrad
 
 SPEC_FIELDS = ("block", "stride", "select", "selected", "initial", "local", "window")
 
@@ -68,15 +68,13 @@ def nsa_forward(
     compressed = interval_forward(
         q, kc, vc, layout.tokens[2], layout.tokens[3], lse[0], scale, configs.forward
     )
-    window = interval_forward(
-        q, k_win, v_win, layout.window[0], layout.window[1], lse[1], scale, configs.window_forward
-    )
     chunk = list_tokens(T, H, spec, configs)
     selected, keys = select_blocks(q, kc, lse[0], layout, spec, scale, chunk, configs)
     lists = block_lists(keys, layout.n_blocks, chunk)
-    out, slc, lse_slc = selected_forward(
-        q, k_slc, v_slc, gates, compressed, window, selected, lists, layout, spec, scale, configs
-    )
+    out, slc, window, lse_slc = finish_forward(
+        q, (k_slc, v_slc), (k_win, v_win), gates, compressed, selected, lists, lse[1], layout,
+        spec, scale, configs,
+    )  # fmt: skip
     return [
         out, compressed, slc, window, lse, lse_slc, kc, vc, selected, lists.order, lists.bounds
     ]  # fmt: skip
@@ -154,15 +152,18 @@ def nsa_backward(
         do, compressed, slc, window, gates, lse, lse_slc, configs
     )
     dq = torch.empty_like(q)
-    dk_slc, dv_slc = selected_backward(
-        dq, q, k_slc, v_slc, do, folded_slc, delta_slc, selected, lists, layout, spec,
-        scale, configs,
-    )  # fmt: skip
     token, seen = layout.tokens, layout.window
-    interval_grad_q(
-        dq, q, do, (kc, vc, token[2], token[3]), (k_win, v_win, seen[0], seen[1]),
-        folded, delta, scale, configs.grad_q, add=True,
-    )  # fmt: skip
+    slc_grad = SelectedGrad(
+        q, k_slc, v_slc, do, folded_slc, delta_slc, lists, layout, spec, scale, configs
+    )
+    for c in range(lists.n_chunks):
+        slc_grad.chunk(c)
+        interval_grad_q(
+            dq, q, do, slc_grad.partials, selected, (c * chunk, min(T, (c + 1) * chunk)),
+            (kc, vc, token[2], token[3]), (k_win, v_win, seen[0], seen[1]),
+            folded, delta, scale, configs.grad_q,
+        )  # fmt: skip
+    dk_slc, dv_slc = slc_grad.keys_and_values()
     dk_win, dv_win = interval_grad_kv(
         q, k_win, v_win, do, folded[1], delta[1], seen[2], seen[3], scale,
         configs.window_grad_kv, splits=1,

@@ -62,7 +62,7 @@ def evicting_table(path):
     table = make_table(SINGLE, Run(on_disk(path, cache_rows=4)))
     for row in range(12):
         rows = table.fetch(torch.tensor([row]))
-        rows.values_UW.sum().backward()
+        rows.whole().sum().backward()
         table.accumulate(rows)
         table.step(0.1)
     table.flush()
@@ -75,9 +75,9 @@ def test_corrupt_record_stops_the_run_with_file_and_row(tmp_path):
         stream.seek(17)
         stream.write(b"\x01")
     with pytest.raises(TableError, match=rf"{file}: the record of local row 0 .*checksum"):
-        table.fetch(torch.tensor([0]))
+        table.fetch(torch.tensor([0])).whole()
     with pytest.raises(TableError, match="local row 0"):
-        table.fetch(torch.tensor([50]))
+        table.fetch(torch.tensor([50])).whole()
     table.close()
 
 
@@ -90,7 +90,7 @@ def test_record_of_another_row_is_not_taken_for_this_one(tmp_path):
         stream.seek(0)
         stream.write(other)
     with pytest.raises(TableError, match="local row 0"):
-        table.fetch(torch.tensor([0]))
+        table.fetch(torch.tensor([0])).whole()
     table.close()
 
 
@@ -99,7 +99,7 @@ def test_zeroed_record_is_not_taken_for_a_fresh_one(tmp_path):
     with file.open("r+b") as stream:
         stream.write(bytes(record_bytes(table.layout)))
     with pytest.raises(TableError, match="local row 0"):
-        table.fetch(torch.tensor([0]))
+        table.fetch(torch.tensor([0])).whole()
     table.close()
 
 
@@ -122,7 +122,7 @@ def test_cut_file_stops_the_run(tmp_path):
     table, file = evicting_table(tmp_path)
     os.truncate(file, 100)
     with pytest.raises(TableError, match="local row 0"):
-        table.fetch(torch.tensor([0]))
+        table.fetch(torch.tensor([0])).whole()
     table.close()
 
 
@@ -134,7 +134,7 @@ def test_full_disk_while_writing_stops_the_run_with_file_and_row(tmp_path, monke
 
     monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(TableError, match=rf"{file}: record of local row \d+: No space left"):
-        table.fetch(torch.tensor([60, 61, 62, 63]))
+        table.fetch(torch.tensor([60, 61, 62, 63])).whole()
     table.close()
 
 

@@ -95,7 +95,7 @@ def train(mesh: Mesh, model: str, group: int) -> Result:
             fetched = table.fetch(batch.ids_T)
             output = engine.forward(
                 batch.ids_T, batch.labels_T, Documents(batch.lengths), scale,
-                fetched.values_UW, fetched.lookup,
+                fetched.parts, fetched.lookup,
             )  # fmt: skip
             engine.backward(output.loss)
             table.accumulate(fetched)
