@@ -6,6 +6,7 @@ import dataclasses
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from launcher.flops import Shape, flops_per_token
 from launcher.lifecycle import RunFolder, StopRequest
 from launcher.metrics import Metrics
 from launcher.progress import StepProgress
+from launcher.spikes import SpikeWatch
 from launcher.watchdog import Watchdog
 from parallel.checkpoint import CheckpointStore
 from parallel.engine import Engine
@@ -48,6 +50,8 @@ class Components:
         watchdog: ends this process when nothing moves any more.
         step: optimizer steps done.
         tokens: tokens seen.
+        spikes: judges every step before it is applied.
+        event: what the next step's record has to tell beside the step.
     """
 
     cfg: RunConfig
@@ -61,8 +65,10 @@ class Components:
     metrics: Metrics
     stop: StopRequest
     watchdog: Watchdog
+    spikes: SpikeWatch
     step: int = 0
     tokens: int = 0
+    event: dict[str, Any] | None = None
 
     def fetch_rows(self, ids_T: Tensor) -> Rows | None:
         """Return the DeepEmbed rows of these tokens, None without a table; a collective call."""
@@ -76,7 +82,7 @@ class Components:
             batch.labels_T.to(device, non_blocking=True),
             Documents(batch.lengths, device),
             loss_scale,
-            None if rows is None else rows.values_UW,
+            None if rows is None else rows.parts,
             None if rows is None else rows.lookup,
         )
         assert isinstance(output, ModelOutput)
@@ -95,6 +101,7 @@ class Components:
     def close(self) -> None:
         """Close every file and thread."""
         self.stop.finish()
+        self.store.close()
         self.watchdog.close()
         self.metrics.close()
         self.loader.close()
@@ -196,9 +203,21 @@ def build(cfg: RunConfig, folder: RunFolder, checkpoints: Path | None = None) ->
     )
     seed_everything(cfg.seed, 1 + mesh.rank)
     store = CheckpointStore(checkpoints or folder.checkpoints, mesh, cfg.checkpoint)
+    stop.save_failed = lambda: store.failed
     metrics = Metrics(folder.root, rank=SILENT)
     return Components(
-        cfg, folder, mesh, tokenizer, loader, table, engine, store, metrics, stop, watchdog
+        cfg,
+        folder,
+        mesh,
+        tokenizer,
+        loader,
+        table,
+        engine,
+        store,
+        metrics,
+        stop,
+        watchdog,
+        SpikeWatch(cfg.spikes),
     )
 
 

@@ -100,6 +100,7 @@ class RunFolder:
         self.lock = root / "lock"
         self.done = root / "DONE"
         self.stop = root / "STOP"
+        self.skipped_data = root / "skipped_data.json"
         self.attempt = os.environ.get("TINY_ONN_TRY") or time.strftime(
             f"%Y%m%d-%H%M%S-{os.getpid()}"
         )
@@ -279,6 +280,7 @@ class StopReason(IntEnum):
     STOP_FILE = 1
     TRY_STOP_FILE = 2
     SIGNAL = 3
+    NOT_SAVED = 4
 
     @property
     def text(self) -> str:
@@ -288,6 +290,7 @@ class StopReason(IntEnum):
             StopReason.STOP_FILE: "the run folder has a STOP file",
             StopReason.TRY_STOP_FILE: "the job is about to end (time limit or preemption)",
             StopReason.SIGNAL: "a signal asked for it",
+            StopReason.NOT_SAVED: "a checkpoint could not be written",
         }[self]
 
 
@@ -309,10 +312,14 @@ class StopRequest:
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, folder: RunFolder, mesh: _Place | None = None) -> None:
-        """Install the handlers; set `mesh` before `requested` is called on more than one rank."""
+        """Install the handlers; set `mesh` before `requested` is called on more than one rank.
+
+        `save_failed` tells whether a checkpoint that is written beside training has failed.
+        """
         self.folder = folder
         self.mesh = mesh
         self.signal: signal.Signals | None = None
+        self.save_failed: Callable[[], bool] = lambda: False
         self._pending: tuple[Any, Any] | None = None
         for number in self.SIGNALS:
             signal.signal(number, self._handle)
@@ -324,6 +331,8 @@ class StopRequest:
 
     def local(self) -> StopReason:
         """What this rank alone knows."""
+        if self.save_failed():
+            return StopReason.NOT_SAVED
         if self.signal is not None:
             return StopReason.SIGNAL
         if self.mesh is None or self.mesh.rank == 0:

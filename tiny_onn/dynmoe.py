@@ -30,15 +30,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.experts import Activation, SurpriseSpec, activate, expert_ffn, inner_width
-from tiny_onn.router import (
-    calibrated_threshold,
-    cosine_scores,
-    explore,
-    explored_capacity,
-    fire,
-    fired_softmax,
+from kernels.experts import (
+    Activation,
+    LayerSpec,
+    Router,
+    RouteSpec,
+    SurpriseSpec,
+    activate,
+    dynmoe_layer,
+    inner_width,
 )
+from tiny_onn.router import calibrated_threshold
 
 FfnKind = Literal["dynmoe", "dense"]
 SurpriseMode = Literal["param_grad", "output_grad", "off"]
@@ -264,54 +266,42 @@ class DynMoe(nn.Module):
             loss_scale: fp32 0-dim, d(loss passed to backward)/d(nll of one token); needed to train
                 with surprise. S is free of it; the router's gradient carries it like any other.
         """
-        cfg, teach = self.cfg, self.training and self.spec is not None
-        s_TE = cosine_scores(x_TC, self.direction_EC)
-        tau_1, theta_E = self.log_tau.to(s_TE.dtype).exp(), self.theta_E.to(s_TE.dtype)
-        z_TE = self.tau_0 * tau_1 * s_TE - (self.theta_0 + theta_E)
-        biased_TE = z_TE - self.controller_bias_E
-        with torch.no_grad():
-            fired_TE = fire(biased_TE, *cfg.fired_bounds)
-            exploring = teach and self.stride > 0
-            explored_TE = (
-                explore(biased_TE, fired_TE, self.step_1, self.stride) if exploring else None
-            )
-        # The balancing bias of plain top-k selects and does not weigh.
-        z_TE = biased_TE if self.spec is not None else z_TE
-        p_TE = fired_softmax(z_TE, fired_TE, cfg.surrogate_width if self.spec is not None else 0.0)
-        if self.record:
-            self._record_forward(fired_TE, p_TE)
         if hidden_scale_TF is not None:
             hidden_scale_TF = hidden_scale_TF.to(x_TC.dtype)
-        y_TC = expert_ffn(
+        y_TC = dynmoe_layer(
             x_TC,
+            Router(
+                self.direction_EC, self.log_tau, self.theta_E, self.controller_bias_E, self.step_1
+            ),
             self.w_in_EIC,
             self.w_out_ECF,
-            p_TE,
-            fired_TE,
-            activation=cfg.activation,
-            max_fired=cfg.fired_bounds[1],
+            self.layer_spec(),
             hidden_scale_TF=hidden_scale_TF,
-            surprise=self.spec if teach else None,
-            z_TE=z_TE,
             loss_scale=loss_scale,
-            explored_TE=explored_TE,
-            max_explored=explored_capacity(x_TC.shape[0], self.stride) if exploring else 0,
             counts_X=self.counts_X if self.training else None,
             stats=self.stats if self.record else None,
         )
+        if self.record:
+            self.stats["dead_experts"] = (self.idle_steps_E >= self.cfg.dead_window).sum()
         return y_TC if self.shared is None else y_TC + self.shared(x_TC, hidden_scale_TF)
 
-    @torch.no_grad()
-    def _record_forward(self, fired_TE: Tensor, p_TE: Tensor) -> None:
-        tokens = max(fired_TE.shape[0], 1)
-        fired_T = fired_TE.sum(1)
-        bins_N = torch.arange(self.cfg.fired_bounds[1] + 1, device=fired_T.device)
-        self.stats.update(
-            experts_per_token=fired_T.sum() / tokens,
-            experts_per_token_counts=(fired_T[:, None] == bins_N).sum(0),
-            expert_load=fired_TE.sum(0) / tokens,
-            dead_experts=(self.idle_steps_E >= self.cfg.dead_window).sum(),
-            router_entropy=torch.special.entr(p_TE).sum() / tokens,
+    def layer_spec(self) -> LayerSpec:
+        """What the layer does in the present mode; only training explores and teaches."""
+        cfg = self.cfg
+        route = RouteSpec(
+            tau_0=self.tau_0,
+            theta_0=self.theta_0,
+            fewest=cfg.fired_bounds[0],
+            most=cfg.fired_bounds[1],
+            # The balancing bias of plain top-k selects and does not weigh.
+            bias_weighs=self.spec is not None,
+            stride=self.stride if self.training else 0,
+        )
+        return LayerSpec(
+            activation=cfg.activation,
+            route=route,
+            surprise=self.spec if self.training else None,
+            surrogate_width=cfg.surrogate_width if self.spec is not None else 0.0,
         )
 
     @torch.no_grad()
@@ -345,14 +335,19 @@ class DynMoe(nn.Module):
         self.counts_X.zero_()
 
 
-def update_controllers(model: nn.Module) -> None:
+def update_controllers(model: nn.Module, *, skipped: bool = False) -> None:
     """Move the controller of every DynMoE layer; call it after each optimizer step, on all ranks.
 
     One all-reduce of integer counts for all layers together over the default process group (when
-    there is one), so that the controllers stay bitwise alike; no host sync.
+    there is one), so that the controllers stay bitwise alike; no host sync. After a skipped step
+    (alike on all ranks) nothing moves, and what was counted is forgotten.
     """
     layers = [module for module in model.modules() if isinstance(module, DynMoe)]
     if not layers:
+        return
+    if skipped:
+        for layer in layers:
+            layer.counts_X.zero_()
         return
     counts = torch.cat([layer.counts_X for layer in layers])
     if dist.is_available() and dist.is_initialized():

@@ -78,7 +78,13 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind its norm, added to the residual stream."""
+    """One layer: attention and feed-forward, each behind its norm, added to the residual stream.
+
+    Attributes:
+        gathered_whole: ZeRO-3 gathers and releases the weights of a layer together.
+    """
+
+    gathered_whole = True
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -110,7 +116,8 @@ class Block(nn.Module):
         elif self.scales_hidden:
             y_TC = self.ffn(h_TC, self.deepembed(values_UW, index), loss_scale)
         else:
-            y_TC = self.deepembed.modulate(self.ffn(h_TC, None, loss_scale), values_UW, index)
+            y_TC = self.ffn(h_TC, None, loss_scale)
+            return self.deepembed.modulate(y_TC, values_UW, index, x_TC)
         return x_TC + y_TC
 
 
@@ -159,7 +166,7 @@ class TinyOnn(nn.Module):
         labels_T: Tensor | None,
         docs: Documents | None,
         loss_scale: Tensor,
-        values_UW: Tensor | None = None,
+        layers: Sequence[Tensor] | None = None,
         index: RowIndex | None = None,
         caches: list[Cache] | None = None,
     ) -> ModelOutput | Tensor:
@@ -170,7 +177,8 @@ class TinyOnn(nn.Module):
             labels_T: next-token ids with -100 where there is none, int64 [T]; None asks for logits.
             docs: document boundaries of the T tokens; None with caches.
             loss_scale: fp32 0-dim, d(loss for backward)/d(nll of one token), averaging included.
-            values_UW: DeepEmbed rows of the batch's unique ids [U, L*W] (`rows` partition only).
+            layers: DeepEmbed rows of the batch's unique ids, [U, W] of each layer, asked for one
+                after another as the layers come (`rows` partition only).
             index: which of the U rows each token uses.
             caches: one per layer for decoding; ids_T then holds one token.
 
@@ -184,16 +192,15 @@ class TinyOnn(nn.Module):
             positions_T = docs.positions
         if self.deepembed_table is not None:
             values_UW, index = self.deepembed_table(ids_T)
-        layers: Sequence[Tensor | None] = [None] * self.cfg.layers
-        if self.cfg.deepembed.kind != "off":
-            if values_UW is None:
-                raise ValueError("this model has a DeepEmbed table: pass values_UW and index")
             layers = split_layers(values_UW, self.cfg.layers)
+        if self.cfg.deepembed.kind != "off" and layers is None:
+            raise ValueError("this model has a DeepEmbed table: pass layers and index")
         x_TC = self.embedding(ids_T)
         attention = self.cfg.attention
         cos_TD, sin_TD = rope_tables(positions_T, attention.rope_dim, attention.rope_theta)
         for i, block in enumerate(self.blocks):
-            inputs = (x_TC, cos_TD, sin_TD, docs, loss_scale, layers[i], index)
+            values_UW = layers[i] if layers is not None else None
+            inputs = (x_TC, cos_TD, sin_TD, docs, loss_scale, values_UW, index)
             if self.cfg.activation_checkpointing and torch.is_grad_enabled():
                 x_TC = checkpoint(block, *inputs, use_reentrant=False)
             else:

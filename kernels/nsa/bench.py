@@ -43,7 +43,9 @@ def dense_pairs(docs: Documents) -> float:
     return sum(n * (n + 1) / 2 for n in docs.lengths)
 
 
-def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str, Stage]]:
+def stages(  # noqa: PLR0915  (a list of launches)
+    case: Case, configs: Any = None
+) -> tuple[dict[str, Stage], dict[str, Stage]]:
     """Return the forward's and the backward's stages: name to (launch, floating-point operations).
 
     Each launch runs alone on the outputs of one complete forward; `configs` replaces the table.
@@ -51,14 +53,15 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
     from kernels.nsa.triton_compress import compress, compress_backward
     from kernels.nsa.triton_config import kernel_configs
     from kernels.nsa.triton_delta import branch_deltas
+    from kernels.nsa.triton_finish import finish_forward
     from kernels.nsa.triton_interval import interval_forward
     from kernels.nsa.triton_interval_grad_kv import interval_grad_kv
     from kernels.nsa.triton_interval_grad_q import interval_grad_q
     from kernels.nsa.triton_layout import packed_layout
     from kernels.nsa.triton_ops import list_tokens
-    from kernels.nsa.triton_select import block_lists, select_blocks
-    from kernels.nsa.triton_selected import selected_forward
-    from kernels.nsa.triton_selected_grad import selected_backward
+    from kernels.nsa.triton_select import block_lists, cut_pieces, select_blocks
+    from kernels.nsa.triton_selected import new_partials, selected_partials
+    from kernels.nsa.triton_selected_grad import SelectedGrad
 
     q, kc, vc, ks, vs, kw, vw, gates, *maps = (x.detach() for x in case.tensors)
     T, H, D = q.shape
@@ -72,35 +75,51 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
     v = compress(vc, maps[2], maps[3], layout, spec)
     lse = torch.empty(2, H, T, dtype=torch.float32, device=q.device)
 
-    def interval(branch: int) -> Tensor:
-        keys, values, low, high = (
-            (k, v, token[2], token[3]) if branch == 0 else (kw, vw, seen[0], seen[1])
-        )
-        tile = configs.window_forward if branch else configs.forward
-        return interval_forward(q, keys, values, low, high, lse[branch], scale, tile)
+    def forward_compressed() -> Tensor:
+        return interval_forward(q, k, v, token[2], token[3], lse[0], scale, configs.forward)
 
-    compressed, window = interval(0), interval(1)
+    compressed = forward_compressed()
     chunk = list_tokens(T, H, spec, configs)
     selected, keys = select_blocks(q, k, lse[0], layout, spec, scale, chunk, configs)
     lists = block_lists(keys, layout.n_blocks, chunk)
 
-    def forward_selected() -> tuple[Tensor, Tensor, Tensor]:
-        return selected_forward(
+    def forward_selected() -> None:
+        pieces = cut_pieces(lists, G, layout.n_blocks, spec.selected, configs.piece_forward)
+        partials = new_partials(q, DV, lists, spec.selected)
+        for c in range(lists.n_chunks):
+            selected_partials(q, ks, vs, partials, lists, pieces, c, layout, spec, scale, configs)
+
+    def forward_window() -> Tensor:
+        return interval_forward(q, kw, vw, seen[0], seen[1], lse[1], scale, configs.window_forward)
+
+    window = forward_window()
+
+    def forward_finish() -> tuple[Tensor, Tensor, Tensor]:
+        return finish_forward(
             q, ks, vs, gates, compressed, window, selected, lists, layout, spec, scale, configs
         )
 
-    out, slc, lse_slc = forward_selected()
+    out, slc, lse_slc = forward_finish()
     do = torch.randn_like(out)
     delta, folded, delta_slc, folded_slc, _ = branch_deltas(
         do, compressed, slc, window, gates, lse, lse_slc, configs
     )
     dq = torch.empty_like(q)
+    grad = SelectedGrad(q, ks, vs, do, folded_slc, delta_slc, lists, layout, spec, scale, configs)
 
-    def grad_q(first: bool, second: bool) -> None:
-        interval_grad_q(
-            dq, q, do, (k, v, token[2], token[3]), (kw, vw, seen[0], seen[1]), folded, delta,
-            scale, configs.grad_q, branches=(first, second), add=True,
-        )  # fmt: skip
+    def backward_selected() -> None:
+        for c in range(lists.n_chunks):
+            grad.chunk(c)
+        grad.keys_and_values()
+
+    def grad_q(first: bool, second: bool, third: bool) -> None:
+        for c in range(lists.n_chunks):
+            interval_grad_q(
+                dq, q, do, grad.partials if third else None, selected,
+                (c * chunk, min(T, (c + 1) * chunk)), (k, v, token[2], token[3]),
+                (kw, vw, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
+                branches=(first, second),
+            )  # fmt: skip
 
     def grad_window() -> tuple[Tensor, Tensor]:
         return interval_grad_kv(
@@ -115,6 +134,7 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
         )  # fmt: skip
 
     dk, dv = grad_compressed()
+    backward_selected()
 
     def compress_both() -> None:
         compress(kc, maps[0], maps[1], layout, spec)
@@ -128,30 +148,25 @@ def stages(case: Case, configs: Any = None) -> tuple[dict[str, Stage], dict[str,
     phi = 2.0 * layout.n_slots * G * spec.block * (D * D + DV * DV) if maps[0] is not None else 0.0
     forward: dict[str, Stage] = {
         "compress": (compress_both, phi),
-        "compressed": (lambda: interval(0), pairs_c * (D + DV)),
+        "compressed": (forward_compressed, pairs_c * (D + DV)),
         "importance+topk": (
             lambda: select_blocks(q, k, lse[0], layout, spec, scale, chunk, configs),
             pairs_c * D,
         ),
         "lists": (lambda: block_lists(keys, layout.n_blocks, chunk), 0.0),
-        "selected+merge": (forward_selected, pairs_s * (D + DV)),
-        "window": (lambda: interval(1), pairs_w * (D + DV)),
+        "window": (forward_window, pairs_w * (D + DV)),
+        "selected+merge": (forward_finish, pairs_s * (D + DV)),
+        "of it selected": (forward_selected, pairs_s * (D + DV)),
     }
     backward: dict[str, Stage] = {
         "delta": (
             lambda: branch_deltas(do, compressed, slc, window, gates, lse, lse_slc, configs),
             0.0,
         ),
-        "selected+merge": (
-            lambda: selected_backward(
-                dq, q, ks, vs, do, folded_slc, delta_slc, selected, lists, layout, spec,
-                scale, configs,
-            ),
-            pairs_s * (3 * D + 2 * DV),
-        ),
-        "compressed dq": (lambda: grad_q(True, False), pairs_c * D),
-        "window dq": (lambda: grad_q(False, True), pairs_w * D),
-        "both dq": (lambda: grad_q(True, True), (pairs_c + pairs_w) * D),
+        "selected": (backward_selected, pairs_s * (3 * D + 2 * DV)),
+        "dq+merge": (lambda: grad_q(True, True, True), (pairs_c + pairs_w) * D),
+        "of it compressed dq": (lambda: grad_q(True, False, False), pairs_c * D),
+        "of it window dq": (lambda: grad_q(False, True, False), pairs_w * D),
         "compressed dkv": (grad_compressed, pairs_c * (2 * D + 2 * DV)),
         "window dkv": (grad_window, pairs_w * (2 * D + 2 * DV)),
         "compress": (compress_both_backward, 2 * phi),

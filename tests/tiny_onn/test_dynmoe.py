@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.experts.naive import expert_ffn_naive
+from kernels.experts.router import cosine_scores
 from tests.ranks import Ranks, run_ranks
 from tiny_onn.dynmoe import DenseFfn, DynMoe, DynMoeConfig, build_ffn, update_controllers
-from tiny_onn.router import cosine_scores
 
 WIDTH = 32
 ONE = torch.tensor(1.0)

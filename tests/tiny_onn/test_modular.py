@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import Documents
-from kernels.rows import row_index, unique_ids
+from kernels.rows import row_index, split_layers, unique_ids
 from launcher.components import shape_of
 from launcher.flops import parameter_counts
 from tiny_onn.attention import AttentionConfig
@@ -129,7 +129,8 @@ def test_both_homes_of_the_table_give_the_same_loss_and_gradients() -> None:
     rows = table.detach()[unique].requires_grad_()
     docs = Documents([50, 90])
     a = inside(ids, ids.roll(-1), docs, ONE / 140)
-    b = outside(ids, ids.roll(-1), docs, ONE / 140, rows, row_index(inverse, len(unique)))
+    layers = split_layers(rows, SPARSE.layers)
+    b = outside(ids, ids.roll(-1), docs, ONE / 140, layers, row_index(inverse, len(unique)))
     a.loss.backward()
     b.loss.backward()
     assert torch.equal(a.loss, b.loss)
