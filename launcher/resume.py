@@ -48,6 +48,7 @@ def save(c: Components) -> None:
             "spikes": c.spikes.state_dict(),
             "run": c.cfg.name,
             "config": plain(c.cfg),
+            "compute": "bf16" if c.engine.dtype == torch.bfloat16 else "fp32",
         },
         # A step whose line could still be lost must not be the one that a run goes on from.
         before_commit=c.metrics.flush,
