@@ -125,7 +125,7 @@ def stages(  # noqa: PLR0915  (a list of launches)
     def grad_q(first: bool, second: bool, third: bool) -> None:
         for c in range(lists.n_chunks):
             interval_grad_q(
-                dq, q, do, grad.partials if third else None, selected,
+                dq, q, do, grad.partials if third else None, selected, token[0], spec.select,
                 (c * chunk, min(T, (c + 1) * chunk)), (k, v, token[2], token[3]),
                 (kw, vw, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
                 branches=(first, second),

@@ -75,7 +75,7 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
 }
 
 GLUON = {
-    "score": TileConfig(64, 256, 4, 3, True),
+    "grad_q": TileConfig(64, 64, 4, 2, True),
     "forward": TileConfig(128, 128, 8, 2, True),
     "selected_forward": TileConfig(64, 64, 4, 3, True),
     "selected_backward": TileConfig(64, 64, 4, 3, True),

@@ -52,16 +52,16 @@ class KernelConfigs:
 
 
 _HOPPER = KernelConfigs(
-    forward=TileConfig(128, 128, 8, 3),
-    window_forward=TileConfig(64, 64, 4, 3),
+    forward=TileConfig(128, 128, 8, 2, gluon=True),
+    window_forward=TileConfig(128, 128, 8, 2, gluon=True),
     grad_q=TileConfig(64, 64, 4, 2),
-    grad_kv=TileConfig(64, 128, 8, 3),
-    window_grad_kv=TileConfig(64, 64, 4, 2),
+    grad_kv=TileConfig(64, 128, 8, 3, gluon=True),
+    window_grad_kv=TileConfig(64, 128, 8, 2, gluon=True),
     score=TileConfig(64, 128, 4, 2),
-    selected_forward=TileConfig(64, 64, 4, 3),
-    selected_backward=TileConfig(64, 64, 4, 2),
+    selected_forward=TileConfig(64, 64, 4, 2, gluon=True),
+    selected_backward=TileConfig(64, 64, 4, 3, gluon=True),
     piece_forward=64,
-    piece_backward=256,
+    piece_backward=512,
     combine_rows=16,
     delta_rows=16,
     top_k_rows=1,

@@ -165,9 +165,9 @@ def run_backward(
     for c in range(lists.n_chunks):
         slc_grad.chunk(c)
         interval_grad_q(
-            dq, q, do, slc_grad.partials, selected, (c * chunk, min(T, (c + 1) * chunk)),
-            (kc, vc, token[2], token[3]), (k_win, v_win, seen[0], seen[1]),
-            folded, delta, scale, configs.grad_q,
+            dq, q, do, slc_grad.partials, selected, token[0], spec.select,
+            (c * chunk, min(T, (c + 1) * chunk)), (kc, vc, token[2], token[3]),
+            (k_win, v_win, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
         )  # fmt: skip
     dk_slc, dv_slc = slc_grad.keys_and_values()
     dk_win, dv_win = interval_grad_kv(
