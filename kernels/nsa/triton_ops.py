@@ -70,15 +70,13 @@ def run_forward(
     compressed = interval_forward(
         q, kc, vc, layout.tokens[2], layout.tokens[3], lse[0], scale, configs.forward
     )
-    window = interval_forward(
-        q, k_win, v_win, layout.window[0], layout.window[1], lse[1], scale, configs.window_forward
-    )
     chunk = list_tokens(T, H, spec, configs)
     selected, keys = select_blocks(q, kc, lse[0], layout, spec, scale, chunk, configs)
     lists = block_lists(keys, layout.n_blocks, chunk)
-    out, slc, lse_slc = finish_forward(
-        q, k_slc, v_slc, gates, compressed, window, selected, lists, layout, spec, scale, configs
-    )
+    out, slc, window, lse_slc = finish_forward(
+        q, (k_slc, v_slc), (k_win, v_win), gates, compressed, selected, lists, lse[1], layout,
+        spec, scale, configs,
+    )  # fmt: skip
     return [
         out, compressed, slc, window, lse, lse_slc, kc, vc, selected, lists.order, lists.bounds
     ]  # fmt: skip
