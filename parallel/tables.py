@@ -48,6 +48,8 @@ from parallel.tensor_file import TensorSource, TensorSpec
 log = logging.getLogger(__name__)
 
 STATE_CHUNK_BYTES = 256 * 2**20
+DRAW_IDS = 512
+"""Ids whose weights are drawn together; part of what a seed means."""
 
 
 class Rows(NamedTuple):
@@ -400,6 +402,29 @@ class RowTable:
                 name: torch.zeros(index_N.shape[0], width)
                 for name, width in self.layout.widths.items()
             }
+            self._thread.submit(partial(self._tier.poke, index_N, fields)).result()
+
+    def draw_part(self, k: int, std: float, seed: int) -> None:
+        """Draw part `k` of every row's weights from a normal distribution, alike at any world size.
+
+        Args:
+            k: 0 <= k < L.
+            std: standard deviation.
+            seed: every block of ids has a generator of its own.
+        """
+        mesh, w = self.mesh, self.width // self.parts
+        generator = torch.Generator()
+        for block, first in enumerate(range(0, self.rows, DRAW_IDS)):
+            last = min(first + DRAW_IDS, self.rows)
+            generator.manual_seed(1_000_003 * seed + block)
+            drawn = torch.randn(last - first, w, generator=generator).mul_(std)
+            ids = torch.arange(first, last)
+            mine = (ids % mesh.world == mesh.rank).nonzero()[:, 0]
+            local_N = ids[mine] // mesh.world
+            self._touched[local_N] = True
+            index_N = local_N.to(self._tier.device)
+            fields = self._thread.submit(partial(self._tier.peek, index_N)).result()
+            fields["weight"][:, k * w : (k + 1) * w] = drawn[mine].to(self._tier.device)
             self._thread.submit(partial(self._tier.poke, index_N, fields)).result()
 
     def flush(self) -> None:
