@@ -1,4 +1,4 @@
-"""`tiny-onn bench attention|experts|tables|train`: measure, beside what it is compared with."""
+"""`tiny-onn bench attention|experts|tables|train|scaling`: measure, beside what to compare with."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ USAGE = """usage: tiny-onn bench attention [options]
        tiny-onn bench experts [options]
        tiny-onn bench tables [options]
        tiny-onn bench train CONFIG [options] [--dotted.key value ...]
+       tiny-onn bench scaling CONFIG [options] [--dotted.key value ...]
 
 examples:
   tiny-onn bench attention --lengths 8192 32768 65536 --heads 64 --groups 4 --dim 128 --check
   tiny-onn bench experts --check --json experts.json
   tiny-onn bench tables --check --json tables.json
   tiny-onn bench train launcher/configs/demo.yaml --variants sparse 'all dense'
+  tiny-onn bench scaling launcher/configs/1b.yaml --gpus 2
 """
 
 BENCHES = {
@@ -23,6 +25,7 @@ BENCHES = {
     "experts": "kernels.experts.bench",
     "tables": "launcher.bench_tables",
     "train": "launcher.bench_train",
+    "scaling": "launcher.bench_scaling",
 }
 
 
