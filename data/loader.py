@@ -9,7 +9,7 @@ every epoch has its own order). Epochs follow each other without end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -110,11 +110,28 @@ class PackedLoader:
         self._ahead: list[Batch] | None = None
         self._read_to = self._consumed = (0, 0)
         self._steps = 0
+        self._left_out: list[tuple[int, int]] = []
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that one epoch makes."""
         return self.samples_per_epoch // self.samples_per_step
+
+    @property
+    def data_step(self) -> int:
+        """Steps' worth of data before the next step, over all epochs, what is left out included."""
+        return self._data_step(self._consumed)
+
+    def data_step_of(self, state: dict[str, Any]) -> int:
+        """Return the `data_step` at which a `state_dict()` was taken."""
+        return self._data_step((int(state["epoch"]), int(state["sample_in_epoch"])))
+
+    def leave_out(self, windows: Sequence[tuple[int, int]]) -> None:
+        """Never hand out the data steps [begin, end) of these windows; on all ranks alike."""
+        self._left_out = sorted(windows)
+        # What was read ahead may lie in one of them.
+        self._ahead = self._iterator = None
+        self._read_to = self._consumed
 
     def next_step(self) -> list[Batch]:
         """Return this rank's micro-batches of the next step.
@@ -215,6 +232,7 @@ class PackedLoader:
         }
 
     def _read_step(self) -> list[Batch]:
+        self._jump()
         epoch, sample = self._read_to
         if sample + self.samples_per_step > self.samples_per_epoch:
             epoch, sample, self._iterator = epoch + 1, 0, None
@@ -234,6 +252,20 @@ class PackedLoader:
             batches.append(batch.part(self.part, self.parts))
         self._read_to = (epoch, sample + self.samples_per_step)
         return batches
+
+    def _jump(self) -> None:
+        """Put the reading position behind the windows that it lies in."""
+        at = here = self._data_step(self._read_to)
+        for begin, end in self._left_out:
+            if begin <= at < end:
+                at = end
+        if at != here:
+            epoch, step = divmod(at, self.steps_per_epoch)
+            self._read_to, self._iterator = (epoch, step * self.samples_per_step), None
+
+    def _data_step(self, position: tuple[int, int]) -> int:
+        epoch, sample = position
+        return epoch * self.steps_per_epoch + sample // self.samples_per_step
 
     def _unreadable(self, split: str, cause: BaseException | None) -> DataError:
         """Say which file of a split is at fault, as closely as can be told."""

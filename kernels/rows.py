@@ -34,8 +34,13 @@ class RowIndex(NamedTuple):
     starts_U1: Tensor
 
     def to(self, device: torch.device) -> RowIndex:
-        """Return the same index on another device (asynchronous from pinned memory)."""
-        return RowIndex(*(t.to(device, non_blocking=True) for t in self))
+        """Return the same index on another device; to a GPU in one copy that nothing waits for."""
+        if device.type != "cuda" or self.inverse_T.is_cuda:
+            return RowIndex(*(t.to(device) for t in self))
+        sizes = [t.shape[0] for t in self]
+        packed = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=True)
+        torch.cat(tuple(self), out=packed)
+        return RowIndex(*torch.split(packed.to(device, non_blocking=True), sizes))
 
 
 def unique_ids(ids_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -162,6 +162,19 @@ void rows_add(float* total, const int64_t* places, const uint8_t* fresh, int64_t
   }
 }
 
+// sums[i] = sum of words[places[i] * width + c] * factors[c] over c < width - 1, modulo 2^64.
+void rows_checksum(const uint64_t* words, int64_t width, const int64_t* places, int64_t n,
+                   const uint64_t* factors, uint64_t* sums, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < n; ++i) {
+    const uint64_t* row = words + places[i] * width;
+    uint64_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < width - 1; ++c) sum += row[c] * factors[c];
+    sums[i] = sum;
+  }
+}
+
 // Step n distinct row slices in place and, where asked, write their new weights for transport.
 void rows_step(const Step* step, int64_t threads) {
   const Step s = *step;

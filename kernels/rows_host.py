@@ -131,6 +131,20 @@ class CompiledRows:
         )
         self._library.rows_step(ctypes.byref(step), self.threads)
 
+    def checksum(self, words_SR: Tensor, places_N: Tensor, factors_R: Tensor) -> Tensor:
+        """See `RowKernels.checksum`."""
+        sums_N = torch.empty_like(places_N)
+        self._library.rows_checksum(
+            _pointer(words_SR),
+            words_SR.shape[1],
+            _pointer(places_N),
+            places_N.shape[0],
+            _pointer(factors_R),
+            _pointer(sums_N),
+            self.threads,
+        )
+        return sums_N
+
 
 class _Step(ctypes.Structure):
     """`Step` of rows_host.cpp."""
@@ -174,8 +188,8 @@ def _is_bf16(tensor: Tensor) -> int:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_built()))
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    for function in (library.rows_gather, library.rows_add, library.rows_step):
-        function.restype = None
+    for function in ("gather", "add", "step", "checksum"):
+        getattr(library, f"rows_{function}").restype = None
     library.rows_gather.argtypes = [
         *(pointer, number, pointer, number, number, pointer, number, pointer, number)
     ]
@@ -183,6 +197,7 @@ def _library() -> ctypes.CDLL:
         *(pointer, pointer, pointer, number, number, pointer, number, pointer, number)
     ]
     library.rows_step.argtypes = [pointer, number]
+    library.rows_checksum.argtypes = [pointer, number, pointer, number, pointer, pointer, number]
     return library
 
 

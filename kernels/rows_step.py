@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 KINDS = ("adam", "adam_rowwise", "adagrad_rowwise")
@@ -115,6 +116,12 @@ class RowKernels(Protocol):
     ) -> None:
         """Step distinct rows in place with rows `grad_places_N` (or in order) of a gradient."""
 
+    def checksum(self, words_SR: Tensor, places_N: Tensor, factors_R: Tensor) -> Tensor:
+        """Return the sums int64 [N] of records' words times factors modulo 2**64.
+
+        `words_SR` is contiguous int64; a record's last word does not count.
+        """
+
 
 def tick(rule: Rule, steps_S1: Tensor, slots_N: Tensor) -> Clock:
     """Count a step of distinct rows and return their bias corrections; in fp64, as torch's Adam."""
@@ -185,6 +192,15 @@ class TorchRows:
                 kept = (out.places_N[part] >= 0).nonzero()[:, 0]
                 rows = copies.weight_Sw.index_select(0, kept).to(out.rows_Pw.dtype)
                 out.rows_Pw.index_copy_(0, out.places_N[part].index_select(0, kept), rows)
+
+    def checksum(self, words_SR: Tensor, places_N: Tensor, factors_R: Tensor) -> Tensor:
+        """See `RowKernels.checksum`."""
+        sums_N = torch.empty_like(places_N)
+        count = max(1, CHUNK_BYTES // (8 * words_SR.shape[1]))
+        for at in range(0, places_N.shape[0], count):
+            part = slice(at, at + count)
+            sums_N[part] = (words_SR[places_N[part], :-1] * factors_R[:-1]).sum(dim=1)
+        return sums_N
 
 
 def _update(rule: Rule, fields: Fields, clock: Clock, grad_Nw: Tensor) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from launcher.flops import Shape, flops_per_token
 from launcher.lifecycle import RunFolder, StopRequest
 from launcher.metrics import Metrics
 from launcher.progress import StepProgress
+from launcher.spikes import SpikeWatch
 from launcher.watchdog import Watchdog
 from parallel.checkpoint import CheckpointStore
 from parallel.engine import Engine
@@ -49,6 +51,8 @@ class Components:
         watchdog: ends this process when nothing moves any more.
         step: optimizer steps done.
         tokens: tokens seen.
+        spikes: judges every step before it is applied.
+        event: what the next step's record has to tell beside the step.
     """
 
     cfg: RunConfig
@@ -62,8 +66,10 @@ class Components:
     metrics: Metrics
     stop: StopRequest
     watchdog: Watchdog
+    spikes: SpikeWatch
     step: int = 0
     tokens: int = 0
+    event: dict[str, Any] | None = None
 
     def fetch_rows(self, ids_T: Tensor) -> Rows | None:
         """Return the DeepEmbed rows of these tokens, None without a table; a collective call."""
@@ -222,7 +228,18 @@ def build(cfg: RunConfig, folder: RunFolder, checkpoints: Path | None = None) ->
     stop.save_failed = lambda: store.failed
     metrics = Metrics(folder.root, rank=SILENT)
     return Components(
-        cfg, folder, mesh, tokenizer, loader, table, engine, store, metrics, stop, watchdog
+        cfg,
+        folder,
+        mesh,
+        tokenizer,
+        loader,
+        table,
+        engine,
+        store,
+        metrics,
+        stop,
+        watchdog,
+        SpikeWatch(cfg.spikes),
     )
 
 

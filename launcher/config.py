@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import tempfile
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ import yaml
 
 from data.config import DataConfig
 from launcher.lifecycle import LaunchConfig
+from launcher.spikes import SpikeConfig
 from parallel.checkpoint import CheckpointConfig
 from parallel.engine_config import EngineConfig
 from parallel.mesh import MeshConfig
@@ -78,6 +81,7 @@ class RunConfig:
         engine: precision, optimizer, schedule, offload.
         train: steps, batch, cadence.
         checkpoint: cadence and retention.
+        spikes: steps that are not applied.
         launch: processes and time-outs.
     """
 
@@ -90,6 +94,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
@@ -98,6 +103,7 @@ MAY_CHANGE = (
     "launch.",
     "mesh.",
     "checkpoint.",
+    "spikes.",
     "data.path",
     "data.cache",
     "data.stage",
@@ -114,6 +120,7 @@ MAY_CHANGE = (
     "model.deepembed.direct",
     "model.deepembed.io_threads",
     "model.deepembed.nvme_path",
+    "model.deepembed.threads",
     "model.deepembed.tier",
     "train.evaluate_",
     "train.stats_every",
@@ -141,9 +148,8 @@ def keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
             yield from keys(nested, f"{prefix}{name}.")
 
 
+@functools.cache
 def _dataclass_of(cls: type, name: str) -> type | None:
-    import typing
-
     hint = typing.get_type_hints(cls)[name]
     for candidate in (hint, *typing.get_args(hint)):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
@@ -162,12 +168,13 @@ def _check_known(found: Sequence[str], where: str) -> None:
             raise ConfigError(f"{where}: unknown key '{key}'{hint}")
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested plain values."""
     known = set(keys())
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and any(k.startswith(f"{key}.") for k in known):
-            yield from _flatten(value, f"{key}.")
+            yield from flatten(value, f"{key}.")
         else:
             yield key, value
 
@@ -213,7 +220,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: unknown key (with the nearest right one), wrong type, unreadable file.
     """
     tree = read_yaml(path)
-    _check_known([key for key, _ in _flatten(tree)], str(path))
+    _check_known([key for key, _ in flatten(tree)], str(path))
     arguments = _overrides(overrides)
     p = parser()
     try:
@@ -228,7 +235,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def flat(cfg: RunConfig) -> dict[str, Any]:
     """Return {dotted key: plain value} of the whole configuration."""
     tree = yaml.safe_load(dump(cfg))
-    return dict(_flatten(tree))
+    return dict(flatten(tree))
 
 
 def dump(cfg: RunConfig) -> str:

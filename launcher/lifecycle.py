@@ -100,6 +100,7 @@ class RunFolder:
         self.lock = root / "lock"
         self.done = root / "DONE"
         self.stop = root / "STOP"
+        self.skipped_data = root / "skipped_data.json"
         self.attempt = os.environ.get("TINY_ONN_TRY") or time.strftime(
             f"%Y%m%d-%H%M%S-{os.getpid()}"
         )

@@ -351,6 +351,11 @@ class CheckpointStore:
 
         self._ranks.all(lambda: discard() if self.mesh.is_first else None)
 
+    def together(self, work: Callable[[], None]) -> None:
+        """Do each rank's part of some work on files; raises CheckpointError on all if one fails."""
+        self.wait()
+        self._ranks.all(work)
+
     def close(self) -> None:
         """Give the host memory back; raises what `wait` raises."""
         self.wait()

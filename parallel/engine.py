@@ -12,10 +12,13 @@ coefficient clips both, and a norm that is not finite skips both, on all ranks a
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from parallel.deepspeed_env import load_deepspeed, require_async_io
@@ -73,8 +76,8 @@ class StepResult:
     Attributes:
         grad_norm: global gradient norm before clipping, tables included; inf when not finite.
         lr: learning rate of the schedule (of a group with multiplier 1).
-        skipped: the norm was not finite, so that nothing moved: neither weights, tables, optimizer
-            states nor the schedule.
+        skipped: the norm was not finite, or the step not accepted, so that nothing moved: neither
+            weights, tables, optimizer states nor the schedule.
     """
 
     grad_norm: float
@@ -142,6 +145,8 @@ class Engine:
         }
         self._micro_batch = 0
         self._tables_wait = False
+        self._norm = 0.0
+        self._accept: Callable[[float], bool] | None = None
         self._join_norms()
 
     @property
@@ -175,8 +180,12 @@ class Engine:
                     "on it (a zero contribution will do)"
                 )
 
-    def step(self) -> StepResult | None:
+    def step(self, accept: Callable[[float], bool] | None = None) -> StepResult | None:
         """End a micro-batch; after the last of `accumulation`, step weights and tables.
+
+        Args:
+            accept: is given the global gradient norm and says whether the step is applied; must
+                answer alike on all ranks. A norm that is not finite never is.
 
         Returns:
             What the optimizer step did, or None between micro-batches.
@@ -190,9 +199,9 @@ class Engine:
         self._tables_wait = True
         for group in self._zero.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
+        self._accept = accept
         self._deepspeed.step()
-        norm = float(self._zero._global_grad_norm)
-        skipped = bool(self._zero.overflow)
+        norm, skipped = self._norm, bool(self._zero.overflow)
         if skipped:
             self.skipped_steps += 1
             for table in self.tables:
@@ -210,21 +219,27 @@ class Engine:
     def _join_norms(self) -> None:
         """Make the tables' gradient norm part of the one that DeepSpeed clips and judges by.
 
-        Once it has judged, the tables step first: their host's work runs beside the dense step.
+        A step that is not accepted gets a norm that DeepSpeed discards steps for. Once it is, the
+        tables step first: their host's work runs beside the dense step.
         """
         dense_norms, unscale = self._zero._get_norm_groups, self._zero.unscale_and_clip_grads
+        combine = importlib.import_module("deepspeed.runtime.utils").combine_grad_norm_groups
 
         def norms() -> list[Tensor]:
             groups: list[Tensor] = dense_norms()
             for table in self.tables:
                 norm = table.grad_sq_norm().sqrt()
                 groups.append(norm.to(device=groups[0].device, dtype=groups[0].dtype))
+            # The step's one wait for the device.
+            self._norm = float(combine(groups))
+            if self._accept is not None and not self._accept(self._norm):
+                groups.append(torch.full_like(groups[0], math.inf))
             return groups
 
         def step_tables_and_unscale(sub_group_id: int, total_norm: Tensor) -> None:
             if self._tables_wait:
                 self._tables_wait = False
-                coefficient = self._clip_coefficient(float(total_norm / self._zero.loss_scale))
+                coefficient = self._clip_coefficient(self._norm)
                 for table in self.tables:
                     table.step(self.lr, coefficient)
             unscale(sub_group_id, total_norm)

@@ -51,10 +51,11 @@ class Tier(Protocol):
     chunk_rows: int
     stats: dict[str, int]
 
-    def slots(self, index_N: Tensor, *, write: bool) -> Tensor:
+    def slots(self, index_N: Tensor, *, write: bool, held_N: Tensor | None = None) -> Tensor:
         """Bring rows (distinct, at most `chunk_rows`) in; return their slots, int64 [N].
 
-        The slots hold until the next call; with `write`, what is put there is kept.
+        The slots hold until the next call; with `write`, what is put there is kept. Rows `held_N`
+        are needed soon and do not leave for these, where there is room for both.
         """
 
     def peek(self, index_N: Tensor) -> Fields:
@@ -86,7 +87,7 @@ class MemoryTier:
         self.chunk_rows = max(1, rows)
         self.stats: dict[str, int] = {}
 
-    def slots(self, index_N: Tensor, *, write: bool) -> Tensor:
+    def slots(self, index_N: Tensor, *, write: bool, held_N: Tensor | None = None) -> Tensor:
         """Return the rows themselves: slot and row are the same here."""
         return index_N
 

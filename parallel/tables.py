@@ -126,11 +126,11 @@ class RowTable:
         self.dtype = torch.float32 if cfg.transport == "fp32" else dtype
         self.stats: dict[str, int] = {}
         self._exchange = Exchange(name, rows, mesh)
+        self._kernels = self._choose_kernels()
+        self.kernel = self._kernels.name
         self._tier = self._open_tier()
         self._pinned = mesh.device.type == "cuda" and self._tier.device.type == "cpu"
         self._thread = TierThread(name, self._tier.device, mesh.device)
-        self._kernels = self._choose_kernels()
-        self.kernel = self._kernels.name
         self.parts = groups
         self._views = self._part_views()
         self._stream: Any | None = None
@@ -251,6 +251,11 @@ class RowTable:
         self._require_gradient("grad_sq_norm")
         return self._exchange.add_up(self._gradient.squared_norm())
 
+    def step_numbers(self) -> dict[str, int]:
+        """Return what `stats` will be behind this step, on this rank."""
+        touched = self._gradient.touched if self._gradient.batches else 0
+        return {**self._counts, "owned_rows": touched, **self._tier.stats}
+
     def step(self, lr: float, clip_coefficient: float | Tensor = 1.0) -> None:
         """Step the rows that this step's micro-batches touched, and no others.
 
@@ -279,13 +284,14 @@ class RowTable:
         self._thread.submit(
             partial(self._update, rule, rows_P, part_of, ahead, self._snapshot), "update"
         )
-        self._finish_step(rows_P.shape[0])
+        self._finish_step()
 
     def skip(self) -> None:
         """Drop this step's gradients; the rows stay as they are."""
         if self._ahead is not None and self._ahead.deferred_N.shape[0]:
             self._read_deferred(self._ahead)
-        self._finish_step(0)
+        self._gradient.clear()
+        self._finish_step()
 
     def snapshot(self, buffers: HostBuffers | None, chunk_bytes: int = CHUNK_BYTES) -> TensorSource:
         """Return this rank's rows as of the last step, to be written while training goes on.
@@ -359,7 +365,8 @@ class RowTable:
         """
         self._thread.drain()
         self._ahead = None
-        self._finish_step(0)
+        self._gradient.clear()
+        self._finish_step()
         owned = OwnedRows(self.name, self.rows, self.mesh, self.layout)
         for shard in shards:
             local_N, fields = owned.of(shard)
@@ -385,7 +392,7 @@ class RowTable:
         if self.cfg.tier == "nvme":
             from parallel.table_nvme import open_nvme_tier
 
-            return open_nvme_tier(self._exchange, self.layout, self.cfg)
+            return open_nvme_tier(self._exchange, self.layout, self.cfg, self._kernels)
         device = self.mesh.device if self.cfg.tier == "device" else torch.device("cpu")
         return open_memory_tier(self._exchange, self.layout, device)
 
@@ -412,7 +419,7 @@ class RowTable:
 
     def _choose_kernels(self) -> RowKernels:
         choice = self.cfg.kernel
-        if self._tier.device.type != "cpu":
+        if self.cfg.tier == "device" and self.mesh.device.type != "cpu":
             return TorchRows()
         if choice == "auto":
             choice = "compiled" if self.mesh.device.type == "cuda" else "torch"
@@ -458,7 +465,9 @@ class RowTable:
             kept = torch.ones(wanted, dtype=torch.bool, device=rows.device)
             kept[staged.deferred_N] = False
             places_N = kept.nonzero()[:, 0]
-        self._thread.submit(partial(self._gather, staged, places_N, staged.gate), kind)
+        # Rows of the step under way must not leave a cache for those of the next.
+        held_N = torch.cat(self._fetched) if self._fetched else None
+        self._thread.submit(partial(self._gather, staged, places_N, staged.gate, held_N), kind)
 
     def _read_deferred(self, staged: Staged) -> None:
         """Have the deferred rows read now, as no update will write them."""
@@ -466,7 +475,13 @@ class RowTable:
         gate = staged.gate = Gate()
         self._thread.submit(partial(self._gather, staged, places_N, gate), "read")
 
-    def _gather(self, staged: Staged, places_N: Tensor | None, gate: Gate | None) -> None:
+    def _gather(
+        self,
+        staged: Staged,
+        places_N: Tensor | None,
+        gate: Gate | None,
+        held_N: Tensor | None = None,
+    ) -> None:
         """Read rows at `places_N` of a batch (None is all); on the tier's thread."""
         rows_LNw = staged.rows_LNw
         assert rows_LNw is not None
@@ -474,7 +489,7 @@ class RowTable:
         for at in range(0, wanted_N.shape[0], self._tier.chunk_rows):
             part = slice(at, at + self._tier.chunk_rows)
             last = part.stop >= wanted_N.shape[0]
-            slots_N = self._tier.slots(wanted_N[part], write=False)
+            slots_N = self._tier.slots(wanted_N[part], write=False, held_N=held_N)
             places = None if places_N is None else places_N[part]
             for k, view in enumerate(self._views):
                 # Without places the rows of a chunk lie side by side.
@@ -536,11 +551,11 @@ class RowTable:
             0,
         )
 
-    def _finish_step(self, stepped: int) -> None:
+    def _finish_step(self) -> None:
         for parts in self._open:
             parts.release()
         self._open.clear()
         self._fetched.clear()
+        self.stats = self.step_numbers()
         self._gradient.clear()
-        self.stats = {**self._counts, "owned_rows": stepped, **self._tier.stats}
         self._reset_counts()

@@ -87,6 +87,10 @@ class TensorSource:
         """Yield (name, tensor); a tensor may be overwritten once the next one is asked for."""
         yield from zip(self.specs, self._tensors(), strict=True)
 
+    def parts(self) -> Iterator[Tensor]:
+        """Yield the elements of all tensors in order; a large one may come in several parts."""
+        return self._tensors()
+
     def close(self) -> None:
         """Say that no tensor will be asked for any more."""
         if self._close is not None:
@@ -159,12 +163,19 @@ def write_safetensors(
                     part = part[written:]
 
         put(memoryview(header(source.specs, metadata)))
-        for name, tensor in source:
-            spec = source.specs[name]
-            if TensorSpec.of(tensor) != spec:
-                raise ValueError(f"{path}: tensor '{name}' is {TensorSpec.of(tensor)}, not {spec}")
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            put(flat.numpy().data)
+        parts = source.parts()
+        for name, spec in source.specs.items():
+            missing = spec.nbytes
+            while True:
+                part = next(parts, None)
+                if part is None or part.dtype != spec.dtype or part.nbytes > missing:
+                    found = "nothing" if part is None else str(TensorSpec.of(part))
+                    raise ValueError(f"{path}: {found} came for tensor '{name}', which is {spec}")
+                flat = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                put(flat.numpy().data)
+                missing -= part.nbytes
+                if not missing:
+                    break
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -350,14 +350,19 @@ class DynMoe(nn.Module):
         self.counts_X.zero_()
 
 
-def update_controllers(model: nn.Module) -> None:
+def update_controllers(model: nn.Module, *, skipped: bool = False) -> None:
     """Move the controller of every DynMoE layer; call it after each optimizer step, on all ranks.
 
     One all-reduce of integer counts for all layers together over the default process group (when
-    there is one), so that the controllers stay bitwise alike; no host sync.
+    there is one), so that the controllers stay bitwise alike; no host sync. After a skipped step
+    (alike on all ranks) nothing moves, and what was counted is forgotten.
     """
     layers = [module for module in model.modules() if isinstance(module, DynMoe)]
     if not layers:
+        return
+    if skipped:
+        for layer in layers:
+            layer.counts_X.zero_()
         return
     counts = torch.cat([layer.counts_X for layer in layers])
     if dist.is_available() and dist.is_initialized():

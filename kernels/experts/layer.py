@@ -135,7 +135,7 @@ def dynmoe_layer(
         if reason is not None and implementation == "triton":
             raise ValueError(f"the Triton layer cannot run: {reason}")
         if reason is None:
-            decided = route(x_TC, *router, spec.route)
+            decided = route(x_TC, *router, spec)
             if stats is not None:
                 stats.update(route_stats(decided.state_TE == 1, decided.p_TE, spec.route.most))
             return dynmoe_triton(

@@ -17,7 +17,7 @@ from kernels.experts.activation import Activation, inner_width
 from kernels.experts.api import Implementation as Products
 from kernels.experts.layer import Router, logits, run_decided
 from kernels.experts.router import explore, fire
-from kernels.experts.spec import LayerSpec, RouteSpec
+from kernels.experts.spec import LayerSpec, ProductTiles, RouteSpec
 from kernels.experts.surprise import SurpriseSpec
 from kernels.experts.triton_layer import dynmoe_triton, route
 from kernels.experts.triton_route import Routing
@@ -68,6 +68,7 @@ def random_case(
     surrogate_width: float = 1.0,
     bias_weighs: bool = True,
     favour: int | None = None,
+    products: ProductTiles | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
@@ -99,6 +100,7 @@ def random_case(
         route=RouteSpec(width**0.5, theta_0, fewest, most, bias_weighs, stride),
         surprise=surprise,
         surrogate_width=surrogate_width,
+        products=products or ProductTiles(),
     )
     return Case(
         [leaf.requires_grad_() for leaf in leaves],
@@ -211,18 +213,24 @@ def _shown(case: Case) -> list[str]:
     return ["expert_surprise", "surprise", "router_loss", "agreement"] if teaches else []
 
 
-def run_triton(case: Case, routing: Routing, stats: dict[str, Tensor] | None = None) -> Tensor:
+def run_triton(
+    case: Case,
+    routing: Routing,
+    stats: dict[str, Tensor] | None = None,
+    counts_X: Tensor | None = None,
+) -> Tensor:
     """Run the Triton layer on a case's own leaves."""
     x, direction, log_tau, theta, w_in, w_out, *scale = case.leaves
     return dynmoe_triton(
         x, direction, log_tau, theta, w_in, w_out, routing, case.spec,
-        hidden_scale_TF=scale[0] if scale else None, loss_scale=case.loss_scale, stats=stats,
+        hidden_scale_TF=scale[0] if scale else None, loss_scale=case.loss_scale,
+        stats=stats, counts_X=counts_X,
     )  # fmt: skip
 
 
 def decide(case: Case) -> Routing:
     """Route a case's tokens by Triton."""
-    return route(case.leaves[0], *case.router(case.leaves), case.spec.route)
+    return route(case.leaves[0], *case.router(case.leaves), case.spec)
 
 
 def compare(case: Case, tolerance: float = 1e-5) -> Report:
@@ -235,9 +243,15 @@ def compare(case: Case, tolerance: float = 1e-5) -> Report:
     routing = decide(case)
     report = Report(wrong_decisions(case, routing, tolerance))
     stats: dict[str, Tensor] = {}
-    y = run_triton(case, routing, stats)
+    counts_X = torch.zeros(
+        case.leaves[1].shape[0] + 1, dtype=torch.int64, device=case.grad_TC.device
+    )
+    y = run_triton(case, routing, stats, counts_X)
     grads = torch.autograd.grad(y, case.leaves, case.grad_TC)
     ours = [y.detach(), *grads, *(stats[name] for name in _shown(case))]
+    fired_E = (routing.state_TE == 1).sum(0)
+    if not torch.equal(counts_X, torch.cat([fired_E, fired_E.new_tensor([len(case.grad_TC)])])):
+        report.decisions.append("the counter does not hold the tokens fired per expert")
     exact = _reference(case, routing, torch.float64, "loop")
     plain = _reference(case, routing, case.leaves[0].dtype, "grouped")
     names = ["y", *LEAVES[: len(case.leaves)], *_shown(case)]

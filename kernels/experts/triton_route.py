@@ -27,7 +27,7 @@ from kernels.experts.spec import RouteSpec
 def _tile(experts: int) -> tuple[int, int, int]:
     """Tokens and columns of one program, and its warps: a [T, E] tile that fits into registers."""
     block_e = max(16, triton.next_power_of_2(experts))
-    return (64 if block_e <= 128 else 32), block_e, (4 if block_e <= 64 else 8)
+    return max(16, min(64, 4096 // block_e)), block_e, (4 if block_e <= 256 else 8)
 
 
 class Routing(NamedTuple):

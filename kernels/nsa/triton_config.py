@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import triton
 
@@ -12,12 +13,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}
 
 @dataclass(frozen=True)
 class TileConfig:
-    """BM rows of queries by BN keys, warps per program, software pipeline stages."""
+    """BM rows of queries by BN keys, warps per program, software pipeline stages.
+
+    With `gluon` the kernel is the one in Gluon where that takes the call: `warps` is then fixed by
+    the kernel, and Triton's kernel takes the other calls with the same tile.
+    """
 
     BM: int
     BN: int
     warps: int
     stages: int
+    gluon: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,10 @@ class KernelConfigs:
 
     For the selected kernels BM counts rows (queries times heads of the group) and BN is
     not used: the keys are one selected block. `piece_*` are the queries that one program serves.
-    `gluon` and `gluon_backward` say whether the selected branch's kernels are those in Gluon.
     """
 
     forward: TileConfig
-    finish_forward: TileConfig
+    window_forward: TileConfig
     grad_q: TileConfig
     grad_kv: TileConfig
     window_grad_kv: TileConfig
@@ -39,17 +44,16 @@ class KernelConfigs:
     selected_backward: TileConfig
     piece_forward: int
     piece_backward: int
+    combine_rows: int
     delta_rows: int
     top_k_rows: int
     score_chunk: int
     partial_rows: int
-    gluon: bool
-    gluon_backward: bool
 
 
 _HOPPER = KernelConfigs(
     forward=TileConfig(128, 128, 8, 3),
-    finish_forward=TileConfig(64, 64, 4, 3),
+    window_forward=TileConfig(64, 64, 4, 3),
     grad_q=TileConfig(64, 64, 4, 2),
     grad_kv=TileConfig(64, 128, 8, 3),
     window_grad_kv=TileConfig(64, 64, 4, 2),
@@ -58,17 +62,16 @@ _HOPPER = KernelConfigs(
     selected_backward=TileConfig(64, 64, 4, 2),
     piece_forward=64,
     piece_backward=256,
+    combine_rows=16,
     delta_rows=16,
     top_k_rows=1,
     score_chunk=4096,
     partial_rows=8192 * 64 * 16,
-    gluon=False,
-    gluon_backward=False,
 )
 
 _INTERPRETER = KernelConfigs(
     forward=TileConfig(32, 16, 1, 1),
-    finish_forward=TileConfig(16, 32, 1, 1),
+    window_forward=TileConfig(16, 32, 1, 1),
     grad_q=TileConfig(32, 16, 1, 1),
     grad_kv=TileConfig(32, 32, 1, 1),
     window_grad_kv=TileConfig(32, 16, 1, 1),
@@ -77,15 +80,15 @@ _INTERPRETER = KernelConfigs(
     selected_backward=TileConfig(32, 64, 1, 1),
     piece_forward=16,
     piece_backward=24,
+    combine_rows=32,
     delta_rows=32,
     top_k_rows=32,
     score_chunk=96,
     partial_rows=64 * 4 * 4,
-    gluon=False,
-    gluon_backward=False,
 )
 
 
+@cache
 def pow2(n: int) -> int:
     """Smallest power of two that is at least n and at least 16, the narrowest side of a tl.dot."""
     return max(16, int(triton.next_power_of_2(n)))

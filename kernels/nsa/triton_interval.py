@@ -241,6 +241,19 @@ def tile_sources(rows: int, *tensors: Tensor) -> tuple[list[Any], bool]:
     return ([source for source, _ in sources] if every else list(tensors)), every
 
 
+def gluon_takes(*tensors: Tensor) -> bool:
+    """Tell whether the copy engine takes all of these; rows of [N, G, D] are 64 or 128 wide."""
+    return all(
+        x.data_ptr() % 16 == 0
+        and (
+            x.is_contiguous()
+            if x.ndim == 2
+            else x.shape[2] in {64, 128} and x.stride(1) == x.shape[2] and x.stride(0) % 16 == 0
+        )
+        for x in tensors
+    )
+
+
 def interval_forward(
     q_THD: Tensor,
     k_NGD: Tensor,
@@ -255,6 +268,11 @@ def interval_forward(
     T, H, D = q_THD.shape
     G, DV = v_NGD.shape[1:]
     o = q_THD.new_empty(T, H, DV)
+    if config.gluon and gluon_takes(q_THD, k_NGD, v_NGD):
+        from kernels.nsa.gluon_interval import launch
+
+        launch(q_THD, k_NGD, v_NGD, o, low_T, high_T, lse_HT, scale, config.BN, config.stages)
+        return o
     (k, v), tma = tile_sources(config.BN, k_NGD, v_NGD)
     interval_forward_kernel[(H, triton.cdiv(T, config.BM))](
         q_THD,

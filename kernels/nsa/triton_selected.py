@@ -240,8 +240,18 @@ def selected_partials(
         "BM": BM,
         "WIDE": max(T * H, partials.part.shape[0]) * max(D, DV) >= 2**31,
     }
-    if configs.gluon and gluon_takes(q_THD, k_TGD, v_TGD, spec, BM):
+    if tile.gluon and gluon_takes(q_THD, k_TGD, v_TGD, spec, BM):
         from kernels.nsa.gluon_selected import selected_forward_gluon
+        from kernels.nsa.gluon_selected_tma import launch_forward, tma_takes
+
+        if tile.stages > 2 and tma_takes(q_THD, v_TGD, partials.part):
+            launch_forward(
+                q_THD, k_TGD, v_TGD, partials.part, partials.lse, lists.order, pieces.table,
+                layout.blocks, scale * LOG2_E, chunk * pieces.most_per_chunk, layout.n_blocks,
+                chunk * lists.chunk_tokens, pieces.most_per_chunk, spec.selected, spec.select,
+                tile.stages,
+            )  # fmt: skip
+            return
 
         selected_forward_gluon[(pieces.most_per_chunk,)](*arguments, **sizes, num_warps=4)
         return

@@ -118,6 +118,30 @@ def test_a_running_loader_can_be_set_back_and_forward(corpus: Path, open_loader:
         assert [ids(loader.next_step()) for _ in range(3)] == steps[at : at + 3]
 
 
+def test_data_that_is_left_out_is_never_handed_out_wherever_it_is_gone_on_from(
+    corpus: Path, open_loader: Loaders
+) -> None:
+    loader = open_loader(corpus)
+    per_epoch = loader.steps_per_epoch
+    count = per_epoch + 6
+    steps, states = [], [loader.state_dict()]
+    for _ in range(count):
+        steps.append(ids(loader.next_step()))
+        states.append(loader.state_dict())
+    assert [loader.data_step_of(state) for state in states] == list(range(count + 1))
+    # Two that touch, one across the end of the epoch, one at the very start.
+    windows = [(2, 3), (3, 5), (per_epoch - 1, per_epoch + 2), (0, 1)]
+    kept = [k for k in range(count) if not any(a <= k < b for a, b in windows)]
+    for at in (0, 1, 3, 4, per_epoch):
+        resumed = open_loader(corpus)
+        resumed.load_state_dict(states[at])
+        resumed.peek_step()
+        resumed.leave_out(windows)
+        for k in (k for k in kept if k >= at):
+            assert ids(resumed.next_step()) == steps[k], (at, k)
+            assert resumed.data_step == k + 1
+
+
 def test_the_batch_may_change_in_the_middle_of_an_epoch(corpus: Path, open_loader: Loaders) -> None:
     small, large = open_loader(corpus), open_loader(corpus, accumulation=20)
     taken = [sample_ids(small.next_step()) for _ in range(5)]

@@ -58,6 +58,20 @@ def test_compiled_repeats_bitwise_whatever_the_threads():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_checksums_are_the_same_words():
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**62), 2**62, (9, 70), generator=generator) * 2
+    factors = torch.randint(-(2**62), 2**62, (70,), generator=generator) * 2 + 1
+    places = torch.tensor([8, 0, 3])
+    sums = [row_kernels(name, 2).checksum(words, places, factors) for name in ("compiled", "torch")]
+    assert torch.equal(*sums)
+    words[3, 69] += 1
+    assert torch.equal(row_kernels("compiled", 1).checksum(words, places, factors), sums[0])
+    words[3, 68] += 1
+    changed = row_kernels("compiled", 1).checksum(words, places, factors) != sums[0]
+    assert changed.tolist() == [False, False, True]
+
+
 def test_bf16_is_rounded_as_torch_rounds():
     numbers = torch.cat(
         [torch.randn(4096), torch.tensor([float("nan"), float("inf"), -0.0, 1.00390625, 3.4e38])]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.rows_step import TorchRows
 from parallel import table_nvme
 from parallel.table_cache import SlotCache
 from parallel.table_layout import RowLayout, TableConfig, TableError
@@ -169,8 +170,8 @@ def test_file_system_without_direct_io_is_refused_unless_told_otherwise(tmp_path
     monkeypatch.setattr(os, "open", no_direct)
     layout = RowLayout.of("adam", 4, 1)
     with pytest.raises(TableError, match=r"no O_DIRECT.*direct: false"):
-        NvmeTier(tmp_path / "t.rows", 10, layout, on_disk(tmp_path))
-    NvmeTier(tmp_path / "t.rows", 10, layout, on_disk(tmp_path, direct=False)).close()
+        NvmeTier(tmp_path / "t.rows", 10, layout, on_disk(tmp_path), TorchRows())
+    NvmeTier(tmp_path / "t.rows", 10, layout, on_disk(tmp_path, direct=False), TorchRows()).close()
 
 
 def test_file_left_by_a_killed_run_is_replaced(tmp_path):
