@@ -14,6 +14,7 @@ VERBS = {
     "checkpoint": ("launcher.checkpoint_verbs", "list or verify a run's checkpoints"),
     "eval": ("launcher.eval_verb", "validation loss of a checkpoint"),
     "generate": ("launcher.generate_verb", "text from a checkpoint"),
+    "plan": ("launcher.plan_verb", "memory, traffic and time of a step, before it runs"),
     "bench": ("launcher.bench_verbs", "measure the parts on this machine"),
     "doctor": ("launcher.doctor", "check this machine and say what to do"),
     "preflight": ("launcher.preflight", "check one node of a Slurm job before its ranks start"),
