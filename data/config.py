@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+
+def node_folder(cache: str) -> Path:
+    """Return the folder on this node that `data.cache` means.
+
+    Raises:
+        ValueError: it names an environment variable that this node does not have.
+    """
+    folder = os.path.expanduser(os.path.expandvars(cache))
+    if "$" in folder:
+        raise ValueError(
+            f"data.cache {cache}: this node ({os.uname().nodename}) does not have that environment "
+            "variable; name a folder on every node's own disk"
+        )
+    return Path(folder or Path(tempfile.gettempdir(), f"tiny-onn-cache-{os.geteuid()}")).resolve()
 
 
 @dataclass
@@ -72,8 +89,11 @@ class DataConfig:
         canonical_nodes: parts that the order is woven from. More let the nodes of a large job fetch
             different shards. 0 takes 64 for a large corpus and 1 for a small one, whatever the
             world size.
-        cache: node-local folder for shards of a remote or compressed corpus; empty takes one in
-            the folder for temporary files.
+        stage: copy the shards of a corpus in a folder that nodes share to the node's own disk
+            (`cache`) before they are read, each checked by its hash.
+        cache: node-local folder for shards that are staged, or of a remote or compressed corpus.
+            `$VARIABLES` are those of each node (`$SLURM_TMPDIR/tiny-onn`); empty takes one in the
+            folder for temporary files.
         cache_gb: size limit of that folder, in gigabytes per split; shards that were not used for
             longest make place. 0: no limit.
         verify_hashes: read and check every shard when the corpus is opened.
@@ -87,6 +107,7 @@ class DataConfig:
     shuffle: bool = True
     shuffle_seed: int = 0
     canonical_nodes: int = 0
+    stage: bool = False
     cache: str = ""
     cache_gb: float = 0.0
     verify_hashes: bool = False

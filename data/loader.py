@@ -9,11 +9,10 @@ every epoch has its own order). Epochs follow each other without end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data.config import DataConfig
 from data.host import together
@@ -49,6 +48,8 @@ class PackedLoader:
         accumulation: int,
         rank: int,
         world: int,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
         """Open the corpus; on several ranks torch.distributed must be initialised.
 
@@ -60,6 +61,8 @@ class PackedLoader:
             rank: this rank among those that get different data. Where neighbouring ranks share
                 data, the number of their group.
             world: number of ranks (or groups) that get different data.
+            part: which part of its group's tokens this rank gets.
+            parts: ranks in a group.
 
         Raises:
             DataError: no usable corpus, or too few samples for one step.
@@ -72,6 +75,7 @@ class PackedLoader:
         self.split = split or config.train_split
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.rank, self.world = rank, world
+        self.part, self.parts = part, parts
         self.samples_per_step = micro_batch * accumulation * world
         site = Site(rank, world)
         self.corpus: StoredCorpus = together(self._open)
@@ -106,11 +110,28 @@ class PackedLoader:
         self._ahead: list[Batch] | None = None
         self._read_to = self._consumed = (0, 0)
         self._steps = 0
+        self._left_out: list[tuple[int, int]] = []
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that one epoch makes."""
         return self.samples_per_epoch // self.samples_per_step
+
+    @property
+    def data_step(self) -> int:
+        """Steps' worth of data before the next step, over all epochs, what is left out included."""
+        return self._data_step(self._consumed)
+
+    def data_step_of(self, state: dict[str, Any]) -> int:
+        """Return the `data_step` at which a `state_dict()` was taken."""
+        return self._data_step((int(state["epoch"]), int(state["sample_in_epoch"])))
+
+    def leave_out(self, windows: Sequence[tuple[int, int]]) -> None:
+        """Never hand out the data steps [begin, end) of these windows; on all ranks alike."""
+        self._left_out = sorted(windows)
+        # What was read ahead may lie in one of them.
+        self._ahead = self._iterator = None
+        self._read_to = self._consumed
 
     def next_step(self) -> list[Batch]:
         """Return this rank's micro-batches of the next step.
@@ -124,15 +145,11 @@ class PackedLoader:
         self._steps += 1
         return batches
 
-    def peek_ids(self) -> Tensor:
-        """Return this rank's ids of the step after the one handed out last, without taking it.
-
-        Returns:
-            int64 [accumulation · micro_batch · S], CPU, micro-batch after micro-batch.
-        """
+    def peek_step(self) -> list[Batch]:
+        """Return this rank's micro-batches of the step after the one handed out last; not taken."""
         if self._ahead is None:
             self._ahead = self._read_step()
-        return torch.cat([batch.ids_T for batch in self._ahead])
+        return self._ahead
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the steps handed out so far end; plain JSON values, alike on all ranks."""
@@ -183,7 +200,7 @@ class PackedLoader:
                 samples = [self._held_out[i] if i < total else padding for i in at]
             except Exception as e:
                 raise self._unreadable(self.config.validation_split, e) from e
-            yield to_batch(samples)
+            yield to_batch(samples).part(self.part, self.parts)
 
     def close(self) -> None:
         """End the background threads."""
@@ -215,6 +232,7 @@ class PackedLoader:
         }
 
     def _read_step(self) -> list[Batch]:
+        self._jump()
         epoch, sample = self._read_to
         if sample + self.samples_per_step > self.samples_per_epoch:
             epoch, sample, self._iterator = epoch + 1, 0, None
@@ -224,15 +242,30 @@ class PackedLoader:
         batches = []
         for _ in range(self.accumulation):
             try:
-                batches.append(to_batch(next(self._iterator)["samples"]))
+                batch = to_batch(next(self._iterator)["samples"])
             except StopIteration:
                 # Before the epoch's last step this means that a background thread has failed.
                 error = self._samples.failure
                 raise self._unreadable(self.split, error) from error
             except Exception as e:
                 raise self._unreadable(self.split, e) from e
+            batches.append(batch.part(self.part, self.parts))
         self._read_to = (epoch, sample + self.samples_per_step)
         return batches
+
+    def _jump(self) -> None:
+        """Put the reading position behind the windows that it lies in."""
+        at = here = self._data_step(self._read_to)
+        for begin, end in self._left_out:
+            if begin <= at < end:
+                at = end
+        if at != here:
+            epoch, step = divmod(at, self.steps_per_epoch)
+            self._read_to, self._iterator = (epoch, step * self.samples_per_step), None
+
+    def _data_step(self, position: tuple[int, int]) -> int:
+        epoch, sample = position
+        return epoch * self.steps_per_epoch + sample // self.samples_per_step
 
     def _unreadable(self, split: str, cause: BaseException | None) -> DataError:
         """Say which file of a split is at fault, as closely as can be told."""

@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.config import DataConfig
+from data.config import DataConfig, node_folder
 from data.index import (
     INDEX,
     TOKENIZER,
@@ -38,7 +38,7 @@ class StoredCorpus:
         tokenizer: its tokenizer.
         folder: local folder with index and tokenizer; the shards too unless `fetched`.
         fetched: whether shards are brought into `folder` as they are needed, because the corpus is
-            remote, or compressed and must not be unpacked in place.
+            remote, or compressed and must not be unpacked in place, or to be staged.
     """
 
     path: str
@@ -84,19 +84,20 @@ class StoredCorpus:
                 check_files(self.index, Path(self.path), split)
 
 
-def open_path(path: str, cache: str = "") -> StoredCorpus:
+def open_path(path: str, cache: str = "", stage: bool = False) -> StoredCorpus:
     """Open a corpus, whatever its sequence length, and check its index and its tokenizer.
 
     Args:
         path: folder or address.
         cache: see DataConfig.
+        stage: see DataConfig.
 
     Raises:
         DataError: no corpus there, one of another version, or a tokenizer that is not the one its
             shards were made with; the message says what to do.
     """
-    root = Path(cache or Path(tempfile.gettempdir(), f"tiny-onn-cache-{os.geteuid()}")).resolve()
-    return _open_remote(path, root) if is_remote(path) else _open_local(path, root)
+    root = node_folder(cache)
+    return _open_remote(path, root) if is_remote(path) else _open_local(path, root, stage)
 
 
 def open_corpus(config: DataConfig) -> StoredCorpus:
@@ -105,7 +106,7 @@ def open_corpus(config: DataConfig) -> StoredCorpus:
     Raises:
         DataError: as `open_path`, or a corpus of another sequence length.
     """
-    corpus = open_path(config.path, config.cache)
+    corpus = open_path(config.path, config.cache, config.stage)
     index = corpus.index
     if index.seq_len != config.seq_len:
         raise DataError(
@@ -146,14 +147,14 @@ def fetch(address: str, destination: Path, expected: str | None = None) -> None:
         part.rename(destination)
 
 
-def _open_local(path: str, cache: Path) -> StoredCorpus:
+def _open_local(path: str, cache: Path, stage: bool) -> StoredCorpus:
     folder = Path(path).resolve()
     index = read_index(folder)
     model = folder / TOKENIZER
     if not model.is_file():
         raise DataError(f"{model} is missing: {rebuild_hint(index, str(folder))}")
     tokenizer = _checked(Tokenizer.load(model), index, str(model), str(folder))
-    fetched = index.compression != "none"
+    fetched = stage or index.compression != "none"
     local = cache / f"{index.name}-{index.identity[:16]}" if fetched else folder
     return StoredCorpus(path, index, tokenizer, local, fetched)
 

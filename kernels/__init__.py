@@ -4,7 +4,15 @@ from kernels.documents import Documents
 from kernels.experts import expert_ffn
 from kernels.full_attention import full_attention
 from kernels.nsa import NsaSpec, nsa_attention, nsa_decode
-from kernels.rows import RowIndex, gather_rows, row_index, segment_sum, split_layers, unique_ids
+from kernels.rows import (
+    RowIndex,
+    gather_rows,
+    modulate,
+    row_index,
+    segment_sum,
+    split_layers,
+    unique_ids,
+)
 
 __all__ = [
     "Documents",
@@ -13,6 +21,7 @@ __all__ = [
     "expert_ffn",
     "full_attention",
     "gather_rows",
+    "modulate",
     "nsa_attention",
     "nsa_decode",
     "row_index",

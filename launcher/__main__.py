@@ -16,6 +16,7 @@ VERBS = {
     "generate": ("launcher.generate_verb", "text from a checkpoint"),
     "bench": ("launcher.bench_verbs", "measure the parts on this machine"),
     "doctor": ("launcher.doctor", "check this machine and say what to do"),
+    "preflight": ("launcher.preflight", "check one node of a Slurm job before its ranks start"),
     "path": ("launcher.path_verb", "print the run folder of a configuration"),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,9 +40,18 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def measure(
-    config: Path, overrides: Sequence[str], steps: int, skip: int, folder: Path, name: str
+    config: Path,
+    overrides: Sequence[str],
+    steps: int,
+    skip: int,
+    folder: Path,
+    name: str,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Train `steps` steps and return medians over the steps after `skip`.
+
+    With `trace`, the last two steps are recorded into that folder (and counted all the same: leave
+    their slowness to the median).
 
     Raises:
         RuntimeError: the run failed; the message holds the end of its output.
@@ -50,10 +60,15 @@ def measure(
     words += ["--runs", str(folder), "--name", name, "--train.steps", str(steps)]
     words += ["--engine.schedule.warmup", "1", "--train.evaluate_every", "0"]
     words += ["--train.sample_every", "0", "--checkpoint.every", "0", "--train.stats_every", "1000"]
+    if trace is not None:
+        words += ["--train.trace_at", str(steps - 1), "--train.trace_steps", "2"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     rows = list(read_rows(folder / name / "metrics.jsonl"))
     if done.returncode or len(rows) < steps:
         raise RuntimeError(f"{name}: {(done.stdout + done.stderr)[-3000:]}")
+    if trace is not None:
+        for file in (folder / name / "traces").iterdir():
+            shutil.copy(file, trace / f"{name}{''.join(file.suffixes)}")
     rows = rows[skip:]
     speeds = [row["tokens_per_s"] for row in rows]
     parts = rows[-1]["seconds"]
@@ -83,7 +98,10 @@ def main(argv: Sequence[str]) -> int:
     p.add_argument("--steps", type=int, default=20, help="steps of each run")
     p.add_argument("--skip", type=int, default=5, help="first steps that do not count")
     p.add_argument("--json", type=Path, help="file for all figures")
+    p.add_argument("--trace", type=Path, help="folder for a trace of each variant's last steps")
     a, overrides = p.parse_known_args(argv)
+    if a.trace is not None:
+        a.trace.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
     failed = False
     table = Table("variant", "tokens/s", "ratio", "spread", "mfu", "peak GiB", "loss")
@@ -92,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
             words = [*overrides, *VARIANTS[variant]]
             name = variant.replace(" ", "-")
             try:
-                found = measure(a.config, words, a.steps, a.skip, Path(scratch), name)
+                found = measure(a.config, words, a.steps, a.skip, Path(scratch), name, a.trace)
             except RuntimeError as e:
                 print(f"FAILED {e}", file=sys.stderr, flush=True)
                 results[variant], failed = {"error": str(e)}, True

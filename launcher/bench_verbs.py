@@ -1,4 +1,4 @@
-"""`tiny-onn bench attention|experts|routing|train`: measure beside what it is compared with."""
+"""`tiny-onn bench attention|experts|routing|tables|train`: measure here, beside others."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 USAGE = """usage: tiny-onn bench attention [options]
        tiny-onn bench experts [options]
+       tiny-onn bench tables [options]
        tiny-onn bench routing CONFIG [options] [--dotted.key value ...]
        tiny-onn bench train CONFIG [options] [--dotted.key value ...]
 
 examples:
   tiny-onn bench attention --lengths 8192 32768 65536 --heads 64 --groups 4 --dim 128 --check
   tiny-onn bench experts --check --json experts.json
+  tiny-onn bench tables --check --json tables.json
   tiny-onn bench routing launcher/configs/demo.yaml --variants param_grad off dense --seeds 0 1 2
   tiny-onn bench train launcher/configs/demo.yaml --variants sparse 'all dense'
 """
@@ -21,6 +23,7 @@ examples:
 BENCHES = {
     "attention": "kernels.nsa.bench",
     "experts": "kernels.experts.bench",
+    "tables": "launcher.bench_tables",
     "routing": "launcher.bench_routing",
     "train": "launcher.bench_train",
 }

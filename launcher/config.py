@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import tempfile
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +23,10 @@ import yaml
 
 from data.config import DataConfig
 from launcher.lifecycle import LaunchConfig
+from launcher.spikes import SpikeConfig
 from parallel.checkpoint import CheckpointConfig
 from parallel.engine_config import EngineConfig
+from parallel.mesh import MeshConfig
 from tiny_onn.modular import ModelConfig
 
 
@@ -37,7 +41,8 @@ class TrainConfig:
     Attributes:
         steps: optimizer steps of the whole run.
         global_batch: sequences per optimizer step over all ranks; the accumulation follows from it.
-        micro_batch: sequences per rank and forward pass.
+        micro_batch: sequences per forward pass of a rank, or of the ranks that share them
+            (mesh.group).
         evaluate_every: steps between validations; 0 validates only at the end.
         evaluate_sequences: sequences of a validation during training; 0 takes all. The last one
             always takes all.
@@ -45,6 +50,8 @@ class TrainConfig:
         sample_every: steps between text samples; 0 is never.
         sample_prompt: what the samples start with.
         sample_tokens: length of a sample in tokens.
+        trace_at: first of the steps whose operations rank 0 records into traces/; 0 records none.
+        trace_steps: how many steps are recorded.
     """
 
     steps: int = 300
@@ -56,6 +63,8 @@ class TrainConfig:
     sample_every: int = 100
     sample_prompt: str = "def "
     sample_tokens: int = 48
+    trace_at: int = 0
+    trace_steps: int = 3
 
 
 @dataclass
@@ -68,9 +77,11 @@ class RunConfig:
         seed: seeds weights and random generators; the data order has data.shuffle_seed.
         data: corpus and loader.
         model: sizes and kinds.
+        mesh: which ranks share a sequence.
         engine: precision, optimizer, schedule, offload.
         train: steps, batch, cadence.
         checkpoint: cadence and retention.
+        spikes: steps that are not applied.
         launch: processes and time-outs.
     """
 
@@ -79,24 +90,42 @@ class RunConfig:
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
 MAY_CHANGE = (
     "runs",
     "launch.",
+    "mesh.",
     "checkpoint.",
+    "spikes.",
     "data.path",
     "data.cache",
+    "data.stage",
     "data.build",
     "engine.accumulation",
     "engine.offload.",
+    "engine.zero.max_live_parameters",
+    "engine.zero.max_reuse_distance",
+    "engine.zero.overlap_comm",
+    "engine.zero.param_persistence_threshold",
+    "engine.zero.prefetch_bucket_size",
+    "engine.zero.sub_group_size",
+    "model.deepembed.cache_rows",
+    "model.deepembed.direct",
+    "model.deepembed.io_threads",
+    "model.deepembed.nvme_path",
+    "model.deepembed.threads",
+    "model.deepembed.tier",
     "train.evaluate_",
     "train.stats_every",
     "train.sample_",
+    "train.trace_",
 )
 """Keys that a resumed run may change: they alter neither the losses nor what a checkpoint holds."""
 
@@ -119,9 +148,8 @@ def keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
             yield from keys(nested, f"{prefix}{name}.")
 
 
+@functools.cache
 def _dataclass_of(cls: type, name: str) -> type | None:
-    import typing
-
     hint = typing.get_type_hints(cls)[name]
     for candidate in (hint, *typing.get_args(hint)):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
@@ -140,12 +168,13 @@ def _check_known(found: Sequence[str], where: str) -> None:
             raise ConfigError(f"{where}: unknown key '{key}'{hint}")
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested plain values."""
     known = set(keys())
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and any(k.startswith(f"{key}.") for k in known):
-            yield from _flatten(value, f"{key}.")
+            yield from flatten(value, f"{key}.")
         else:
             yield key, value
 
@@ -191,7 +220,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: unknown key (with the nearest right one), wrong type, unreadable file.
     """
     tree = read_yaml(path)
-    _check_known([key for key, _ in _flatten(tree)], str(path))
+    _check_known([key for key, _ in flatten(tree)], str(path))
     arguments = _overrides(overrides)
     p = parser()
     try:
@@ -206,12 +235,18 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def flat(cfg: RunConfig) -> dict[str, Any]:
     """Return {dotted key: plain value} of the whole configuration."""
     tree = yaml.safe_load(dump(cfg))
-    return dict(_flatten(tree))
+    return dict(flatten(tree))
 
 
 def dump(cfg: RunConfig) -> str:
     """Return the configuration as YAML."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(cfg)), sort_keys=False)
+    return yaml.safe_dump(plain(cfg), sort_keys=False)
+
+
+def plain(cfg: RunConfig) -> dict[str, Any]:
+    """Return the configuration as nested plain values, for JSON and YAML."""
+    tree: dict[str, Any] = _plain(dataclasses.asdict(cfg))
+    return tree
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -91,7 +91,7 @@ def text_sample(c: Components, prompt: str, tokens: int, sampling: Sampling | No
                 start,
                 tokens,
                 sampling=sampling,
-                rows=lambda ids_T: _values_and_index(c, ids_T),
+                rows=lambda ids_T: _layers_and_index(c, ids_T),
                 end=tokenizer.eos_id,
                 device=c.engine.device,
             )
@@ -99,6 +99,8 @@ def text_sample(c: Components, prompt: str, tokens: int, sampling: Sampling | No
     return str(tokenizer.decode([*start[1:], *drawn]))
 
 
-def _values_and_index(c: Components, ids_T: Tensor) -> tuple[Tensor | None, RowIndex | None]:
+def _layers_and_index(
+    c: Components, ids_T: Tensor
+) -> tuple[Sequence[Tensor] | None, RowIndex | None]:
     rows = c.fetch_rows(ids_T)
-    return (None, None) if rows is None else (rows.values_UW, rows.lookup)
+    return (None, None) if rows is None else (rows.parts, rows.lookup)

@@ -17,16 +17,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
+
+RANK_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "NODE_RANK", "NNODES", "TINY_ONN_TRY",
+)  # fmt: skip
+"""What tells a rank its place; only the launcher knows it."""
 
 
 class RunError(ValueError):
@@ -43,18 +50,32 @@ class LaunchConfig:
         step_timeout: seconds without a finished step (or validation, or save) before a rank counts
             as hung: its stacks go to logs/ and it ends; 0 waits forever.
         first_step_timeout: the same before the first step, which also loads and compiles.
+        free_gb: gigabytes that the pre-flight of a Slurm job wants free in the run folder (beside a
+            checkpoint) and in every node-local folder that the run uses.
+        environment: variables for the ranks, as `{NCCL_SOCKET_IFNAME: ib0, NCCL_DEBUG: WARN}`. Not
+            for secrets: the configuration is kept with the run.
     """
 
     processes: int = 0
     threads: int = 0
     step_timeout: float = 900.0
     first_step_timeout: float = 3600.0
+    free_gb: float = 1.0
+    environment: dict[str, str | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse negative numbers by key."""
+        """Refuse negative numbers by key, and variables that do not belong into a file."""
         for key, value in asdict(self).items():
-            if value < 0:
+            if key != "environment" and value < 0:
                 raise RunError(f"launch.{key} is {value}: expected 0 or more")
+        for name in self.environment:
+            if re.search("SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIAL", name.upper()):
+                raise RunError(
+                    f"launch.environment has {name}: secrets are not kept with a run; export it in "
+                    "the shell that starts the run (sbatch hands the environment on)"
+                )
+            if name in RANK_VARIABLES:
+                raise RunError(f"launch.environment has {name}, which the launcher sets itself")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -79,6 +100,7 @@ class RunFolder:
         self.lock = root / "lock"
         self.done = root / "DONE"
         self.stop = root / "STOP"
+        self.skipped_data = root / "skipped_data.json"
         self.attempt = os.environ.get("TINY_ONN_TRY") or time.strftime(
             f"%Y%m%d-%H%M%S-{os.getpid()}"
         )
@@ -258,6 +280,7 @@ class StopReason(IntEnum):
     STOP_FILE = 1
     TRY_STOP_FILE = 2
     SIGNAL = 3
+    NOT_SAVED = 4
 
     @property
     def text(self) -> str:
@@ -267,6 +290,7 @@ class StopReason(IntEnum):
             StopReason.STOP_FILE: "the run folder has a STOP file",
             StopReason.TRY_STOP_FILE: "the job is about to end (time limit or preemption)",
             StopReason.SIGNAL: "a signal asked for it",
+            StopReason.NOT_SAVED: "a checkpoint could not be written",
         }[self]
 
 
@@ -288,10 +312,14 @@ class StopRequest:
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, folder: RunFolder, mesh: _Place | None = None) -> None:
-        """Install the handlers; set `mesh` before `requested` is called on more than one rank."""
+        """Install the handlers; set `mesh` before `requested` is called on more than one rank.
+
+        `save_failed` tells whether a checkpoint that is written beside training has failed.
+        """
         self.folder = folder
         self.mesh = mesh
         self.signal: signal.Signals | None = None
+        self.save_failed: Callable[[], bool] = lambda: False
         self._pending: tuple[Any, Any] | None = None
         for number in self.SIGNALS:
             signal.signal(number, self._handle)
@@ -303,6 +331,8 @@ class StopRequest:
 
     def local(self) -> StopReason:
         """What this rank alone knows."""
+        if self.save_failed():
+            return StopReason.NOT_SAVED
         if self.signal is not None:
             return StopReason.SIGNAL
         if self.mesh is None or self.mesh.rank == 0:

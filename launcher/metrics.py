@@ -3,6 +3,7 @@
 Rank 0 writes, the other ranks do nothing:
 
 - `metrics.jsonl`: a line per step, `validation.jsonl`: a line per validation;
+- `events.jsonl`: a line per event (a skipped step, a rollback), those of undone steps too;
 - `tensorboard/`: the same as scalars, with histograms and pictures of the sparse parts;
 - through a StepProgress the terminal and `logs/train.log`.
 
@@ -14,18 +15,19 @@ checkpoint of step s is committed.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.tensorboard import SummaryWriter
 
-from launcher.event_files import open_writer
 from launcher.jsonl import JsonLines, read_rows
 from launcher.load_image import LoadHistory
 from launcher.model_stats import (
@@ -41,6 +43,9 @@ from launcher.model_stats import (
 from launcher.progress import StepProgress
 from launcher.step_record import StepRecord, memory_bytes
 from launcher.tensorboard_layout import layout
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["Metrics", "StepRecord", "collect", "memory_bytes", "recording"]
 
@@ -84,9 +89,14 @@ class Metrics:
         self.progress = progress
         if rank != 0:
             return
+        # TensorBoard takes a second to load, which the other ranks and the launcher save.
+        from launcher.event_files import open_writer
+
         (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
         self._steps = JsonLines(folder / "metrics.jsonl", resume_step)
         self._validations = JsonLines(folder / "validation.jsonl", resume_step)
+        # What happened stays, also where the run went back behind it.
+        self._events = JsonLines(folder / "events.jsonl", sys.maxsize)
         self._histories: dict[str, LoadHistory] = {}
         self._recordings = 0
         self._skipped = 0
@@ -149,6 +159,11 @@ class Metrics:
         self._steps.append(row)
         self._last_step = record.step
         self._scalars(shown, record.step)
+        if record.event is not None:
+            ids = {} if record.sample_ids is None else {"sample_ids": record.sample_ids}
+            happened = {**record.event, **ids}
+            self._events.append({"step": record.step, "time": round(time.time(), 3), **happened})
+            self.text(record.step, json.dumps(happened, indent=1), "events")
         if stats:
             self._recordings += 1
             for tag, array in arrays.items():
@@ -193,6 +208,7 @@ class Metrics:
         if self.rank == 0:
             self._steps.sync()
             self._validations.sync()
+            self._events.sync()
             self._writer.flush()
 
     def close(self) -> None:
@@ -203,6 +219,7 @@ class Metrics:
             self._writer.close()
             self._steps.close()
             self._validations.close()
+            self._events.close()
         if self.progress is not None:
             self.progress.close()
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from launcher.config import plain
+from launcher.rollback import skipped_windows
 from parallel.checkpoint import Checkpoint, CheckpointError, list_checkpoints, verify
 
 if TYPE_CHECKING:
@@ -19,36 +21,58 @@ DENSE, RANDOM = "dense", "random"
 
 
 def save(c: Components) -> None:
-    """Commit a checkpoint of step `c.step`; on all ranks together.
+    """Begin to write a checkpoint of step `c.step`; on all ranks together.
+
+    Returns as soon as training may go on; `c.store.wait()` waits for the commit.
 
     Raises:
-        CheckpointError: it could not be written; earlier ones are untouched.
+        CheckpointError: the checkpoint before could not be written; earlier ones are untouched.
     """
-    dense, dense_meta = c.engine.local_state()
+    c.store.wait(lambda: c.watchdog.beat(c.step, "checkpoint"))
+    buffers = c.store.host_buffers(c.engine.snapshot_bytes)
+    dense, dense_meta = c.engine.snapshot(buffers)
     tensors, values = random_state(c.engine.device)
-    shards = {DENSE: dense, RANDOM: tensors}
+    shards: dict[str, Any] = {DENSE: dense, RANDOM: tensors}
     for name, table in c.tables.items():
-        shards[table_kind(name)] = table.local_state()
-    c.store.save(
+        shards[table_kind(name)] = table.snapshot(buffers)
+    if buffers is not None:
+        buffers.wait()
+    c.store.start(
         c.step,
         shards,
         {"dense": dense_meta, "random": values},
-        {"step": c.step, "tokens": c.tokens, "loader": c.loader.state_dict(), "run": c.cfg.name},
+        {
+            "step": c.step,
+            "tokens": c.tokens,
+            "loader": c.loader.state_dict(),
+            "spikes": c.spikes.state_dict(),
+            "run": c.cfg.name,
+            "config": plain(c.cfg),
+            "compute": "bf16" if c.engine.dtype == torch.bfloat16 else "fp32",
+        },
+        # A step whose line could still be lost must not be the one that a run goes on from.
+        before_commit=c.metrics.flush,
     )
 
 
 def restore(c: Components, step: int | None = None) -> None:
     """Go on from the newest verified checkpoint, or from that of `step`; on all ranks together.
 
-    Sets `c.step` and `c.tokens`. A run without checkpoints starts at step 0. The number of ranks
-    may differ from the one that saved.
+    A run without checkpoints starts at step 0. The number of ranks may differ from the one that
+    saved.
 
     Raises:
         CheckpointError: checkpoints exist and none is intact, or none is of `step`.
     """
     checkpoint = c.store.newest() if step is None else _of_step(c, step)
-    if checkpoint is None:
-        return
+    if checkpoint is not None:
+        load(c, checkpoint)
+        if c.mesh.is_first:
+            print(_announcement(checkpoint, c), flush=True)
+
+
+def load(c: Components, checkpoint: Checkpoint) -> None:
+    """Put a verified checkpoint in place; on all ranks together. Sets `c.step` and `c.tokens`."""
     same_world = checkpoint.world == c.mesh.world
     saved_rank = c.mesh.rank if same_world else 0
     meta = checkpoint.rank_meta_of(saved_rank)
@@ -58,14 +82,18 @@ def restore(c: Components, step: int | None = None) -> None:
         lambda rank: checkpoint.shard(DENSE, rank),
     )
     for name, table in c.tables.items():
-        ranks = [c.mesh.rank] if same_world else range(checkpoint.world)
-        table.load_shards(dict(checkpoint.shard(table_kind(name), rank)) for rank in ranks)
+        ranks = checkpoint.ranks_with_rows_of(c.mesh.rank, c.mesh.world)
+        table.load_shards(checkpoint.pieces(table_kind(name), ranks))
     if same_world:
         set_random_state(checkpoint.load(RANDOM), meta["random"], c.engine.device)
     c.loader.load_state_dict(checkpoint.meta["loader"])
+    windows = skipped_windows(c.folder)
+    c.loader.leave_out([(window.begin, window.end) for window in windows])
+    if "spikes" in checkpoint.meta:
+        c.spikes.load_state_dict(checkpoint.meta["spikes"])
     c.step, c.tokens = int(checkpoint.meta["step"]), int(checkpoint.meta["tokens"])
-    if c.mesh.is_first:
-        print(_announcement(checkpoint, c), flush=True)
+    # Told with the next step, in whatever process that comes.
+    c.event = next((w.event() for w in reversed(windows) if w.step == c.step), None)
 
 
 def _of_step(c: Components, step: int) -> Checkpoint:

@@ -22,13 +22,16 @@ class StepRecord:
         tokens: tokens seen since the start of the run.
         tokens_per_s: tokens of this step per second of the step, all ranks.
         grad_norm: global norm before clipping.
-        skipped: the step was not applied (non-finite norm).
-        sample_cursor: samples consumed since the start of the run.
-        seconds: wall seconds by part: data, forward, backward, optimizer, checkpoint (that of the
-            checkpoint saved since the step before, which cannot be known earlier).
+        skipped: the step was not applied (see `launcher.spikes`).
+        sample_cursor: place in the run's order of samples: those consumed since the start, and
+            those left out.
+        seconds: wall seconds by part: data, forward, backward, optimizer; checkpoint, for which
+            the loop waited since the step before; checkpoint_write, the whole time of a checkpoint
+            whose writing beside the steps ended meanwhile.
         memory_bytes: peak of the GPU, or resident memory of the process.
         mfu: model FLOP utilisation 0 … 1, None on a CPU.
         sample_ids: which samples the step trained on, when worth keeping.
+        event: what happened beside the step: its "kind" (skipped, rollback) and more.
         tables: numbers of the row tables by name (unique_rows, bytes_moved …), all ranks.
         extra: further scalars; a name with a slash is its tag, others go to `train/`.
     """
@@ -46,6 +49,7 @@ class StepRecord:
     memory_bytes: int = 0
     mfu: float | None = None
     sample_ids: list[int] | None = None
+    event: dict[str, Any] | None = None
     tables: dict[str, float] = field(default_factory=dict)
     extra: dict[str, float] = field(default_factory=dict)
 

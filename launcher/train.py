@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from data.loader import Batch
 from launcher.components import active_flops, build, open_metrics
@@ -24,6 +23,9 @@ from launcher.flops import mfu
 from launcher.lifecycle import RunFolder
 from launcher.metrics import StepRecord, memory_bytes, recording
 from launcher.resume import restore, save
+from launcher.rollback import roll_back
+from launcher.spikes import SpikeError
+from launcher.trace import Trace
 from parallel.engine import StepResult
 from tiny_onn.dynmoe import update_controllers
 
@@ -61,24 +63,31 @@ class Trainer:
         restore(self.c)
         open_metrics(self.c)
         self.flops = active_flops(cfg)
+        at = cfg.train.trace_at if self.c.mesh.is_first else 0
+        self.trace = Trace(folder.root / "traces", at, cfg.train.trace_steps, self.c.mesh.device)
         self.checkpoint_seconds = 0.0
 
     def train(self) -> Literal["done", "stopped"]:
         """Train to the last step, or until asked to stop; either way a checkpoint is left."""
         cfg, c = self.cfg.train, self.c
         while c.step < cfg.steps:
+            self.trace.step(c.step)
             timer = StepTimer()
             with timer("data"):
                 batches = c.loader.next_step()
                 labels, label_bytes = self._count(batches)
             with recording(c.engine.module, self._due(cfg.stats_every, c.step + 1)) as stats:
-                nll_sum, result = self._forward_backward_step(batches, labels, timer)
-            update_controllers(c.engine.module)
+                loss, tables, result = self._forward_backward_step(batches, labels, timer)
+            update_controllers(c.engine.module, skipped=result.skipped)
             c.step += 1
             c.tokens += cfg.global_batch * self.cfg.data.seq_len
-            record = self._record(nll_sum, labels, label_bytes, result, timer)
+            bits = loss * labels / math.log(2) / max(label_bytes, 1)
+            record = self._record(loss, bits, tables, result, timer, batches)
             c.metrics.step(record, stats)
             c.watchdog.beat(c.step)
+            if result.skipped and c.spikes.run_of_spikes:
+                self._roll_back()
+                continue
             if self._due(cfg.evaluate_every) and c.step < cfg.steps:
                 c.metrics.validation(c.step, validate(c, cfg.evaluate_sequences))
             if self._due(cfg.sample_every):
@@ -88,25 +97,43 @@ class Trainer:
                 self._save()
             if stop and c.step < cfg.steps:
                 c.metrics.note(f"stopped after step {c.step}: {stop.text}")
+                self.trace.close()
+                self._finish_saving()
                 return "stopped"
+        self.trace.close()
         c.metrics.validation(c.step, validate(c))
+        self._finish_saving()
         return "done"
 
     def _forward_backward_step(
         self, batches: Sequence[Batch], labels: int, timer: StepTimer
-    ) -> tuple[Tensor, StepResult]:
-        """Run every micro-batch of a step; returns all ranks' summed nll (fp32 0-dim)."""
+    ) -> tuple[float, dict[str, float], StepResult]:
+        """Run every micro-batch of a step.
+
+        Returns:
+            All ranks' loss in nats per label, their tables' numbers by name, what the step did.
+        """
         c, device = self.c, self.c.engine.device
         # Gradients are summed over micro-batches and averaged over ranks: scaled like this they are
         # those of the mean over every label of the global batch, however the labels are spread.
         scale = torch.tensor(c.mesh.world / labels, device=device)
         nll_sum = torch.zeros((), device=device)
+        sums = nll_sum.double()[None]
         result: StepResult | None = None
-        for batch in batches:
+        loss = math.nan
+        counts: dict[str, int] = {}
+
+        def accept(norm: float) -> bool:
+            nonlocal loss
+            loss = sums[0].item() / labels
+            return c.spikes.accept(c.step + 1, loss, norm)
+
+        for i, batch in enumerate(batches):
             with timer("tables"):
                 rows = c.fetch_rows(batch.ids_T)
-                if c.table is not None and batch is batches[-1]:
-                    c.table.prefetch(c.loader.peek_ids())
+                if c.table is not None:
+                    coming = [*batches[i + 1 : i + 2]] or c.loader.peek_step()
+                    c.table.prefetch(coming[0].ids_T)
             with timer("forward"):
                 output = c.forward(batch, rows, scale)
             with timer("backward"):
@@ -114,12 +141,16 @@ class Trainer:
             with timer("tables"):
                 if c.table is not None and rows is not None:
                     c.table.accumulate(rows)
-            with timer("optimizer"):
-                result = c.engine.step()
             nll_sum += output.nll_sum
+            with timer("optimizer"):
+                if batch is batches[-1]:
+                    counts = {} if c.table is None else c.table.step_numbers()
+                    numbers = torch.tensor([*counts.values()], dtype=torch.float64).to(device)
+                    sums = torch.cat((nll_sum.double()[None], numbers))
+                    dist.all_reduce(sums)
+                result = c.engine.step(accept)
         assert result is not None, "the engine steps at the last micro-batch"
-        dist.all_reduce(nll_sum)
-        return nll_sum, result
+        return loss, dict(zip(counts, sums[1:].tolist(), strict=True)), result
 
     def _count(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """Count labels and the bytes they stand for, over all ranks' batches of this step."""
@@ -133,24 +164,38 @@ class Trainer:
         return int(counts[0]), int(counts[1])
 
     def _record(
-        self, nll_sum: Tensor, labels: int, label_bytes: int, result: StepResult, timer: StepTimer
+        self,
+        loss: float,
+        bits_per_byte: float,
+        tables: dict[str, float],
+        result: StepResult,
+        timer: StepTimer,
+        batches: Sequence[Batch],
     ) -> StepRecord:
         c = self.c
-        nats, seconds = nll_sum.item(), timer.total()
-        tokens_per_s = self.cfg.train.global_batch * self.cfg.data.seq_len / seconds
+        tokens_per_s = self.cfg.train.global_batch * self.cfg.data.seq_len / timer.total()
+        event, c.event = c.event, None
+        if result.skipped:
+            behind = {} if event is None else {"behind": event}
+            event = {"kind": "skipped", "reason": c.spikes.reason, **behind}
         checkpoint, self.checkpoint_seconds = self.checkpoint_seconds, 0.0
-        tables = {} if c.table is None else {k: float(v) for k, v in c.table.stats.items()}
         return StepRecord(
             step=c.step,
-            loss=nats / labels,
-            bits_per_byte=nats / math.log(2) / max(label_bytes, 1),
+            loss=loss,
+            bits_per_byte=bits_per_byte,
             lr=result.lr,
             tokens=c.tokens,
             tokens_per_s=tokens_per_s,
             grad_norm=result.grad_norm,
             skipped=result.skipped,
-            sample_cursor=c.step * self.cfg.train.global_batch,
-            seconds={**timer.seconds, "checkpoint": checkpoint},
+            sample_cursor=c.loader.data_step * self.cfg.train.global_batch,
+            sample_ids=self._sample_ids(batches) if result.skipped else None,
+            event=event,
+            seconds={
+                **timer.seconds,
+                "checkpoint": checkpoint,
+                "checkpoint_write": c.store.written_seconds(),
+            },
             memory_bytes=memory_bytes(c.engine.device),
             mfu=mfu(tokens_per_s, self.flops, c.engine.device, c.mesh.world),
             tables=tables,
@@ -159,10 +204,58 @@ class Trainer:
     def _due(self, every: int, step: int | None = None) -> bool:
         return every > 0 and (self.c.step if step is None else step) % every == 0
 
+    def _sample_ids(self, batches: Sequence[Batch]) -> list[int]:
+        """Return all ranks' samples of a step."""
+        own = torch.tensor([i for batch in batches for i in batch.sample_ids])
+        ids = [torch.empty_like(own) for _ in range(self.c.mesh.world)]
+        dist.all_gather(ids, own)
+        # Ranks that share a sequence have the same ones.
+        return list(dict.fromkeys(torch.cat(ids).tolist()))
+
+    def _roll_back(self) -> None:
+        """Go back to the last good checkpoint; raises SpikeError when that does not help."""
+        c, spikes = self.c, self.c.spikes.run_of_spikes
+        try:
+            window = roll_back(c, spikes)
+            if window is None:
+                if c.spikes.fruitless >= c.cfg.spikes.max_rollbacks:
+                    raise SpikeError(
+                        f"spikes at steps {spikes}, the last: {c.spikes.reason}; there is no "
+                        "checkpoint before them"
+                    )
+                c.spikes.forget_run()
+                c.metrics.note(f"spikes at steps {spikes} and no checkpoint before them")
+                return
+        except SpikeError as e:
+            c.spikes.forget_run()
+            self._save()
+            self._finish_saving()
+            message = (
+                f"{e}. A checkpoint of step {c.step} is saved. {c.folder.root}/events.jsonl has "
+                "the samples; go on with other spikes.* settings, or start anew with a smaller "
+                "learning rate, a longer warm-up or other data"
+            )
+            c.folder.refuse(message)
+            raise SpikeError(message) from None
+        c.metrics.close()
+        open_metrics(c)
+        c.metrics.note(
+            f"spikes at steps {window.spikes} ({window.reason}): back to step {window.step}, on "
+            f"with the data behind step {window.from_step}"
+        )
+        c.watchdog.beat(c.step, "rollback")
+
     def _save(self) -> None:
+        """Begin to write a checkpoint; raises CheckpointError when the one before failed."""
         start = time.perf_counter()
-        # A step whose line could still be lost must not be the one that a run goes on from.
-        self.c.metrics.flush()
         save(self.c)
-        self.checkpoint_seconds = time.perf_counter() - start
+        self.checkpoint_seconds += time.perf_counter() - start
         self.c.watchdog.beat(self.c.step, "checkpoint")
+
+    def _finish_saving(self) -> None:
+        c = self.c
+        c.store.wait(lambda: c.watchdog.beat(c.step, "checkpoint"))
+        c.metrics.note(
+            f"checkpoint of step {c.step}: training waited {self.checkpoint_seconds:.3f} s for "
+            f"the copy, writing took {c.store.written_seconds():.3f} s"
+        )

@@ -1,7 +1,8 @@
 """Sharded checkpoints of a run: every rank writes its part, the commit marker comes last.
 
     store = CheckpointStore(run / "checkpoints", mesh, CheckpointConfig())
-    store.save(step, {"dense": tensors}, rank_meta, meta)
+    store.start(step, {"dense": source}, rank_meta, meta)   # goes on beside training
+    store.wait()                            # until it is committed; raises what went wrong
     checkpoint = store.newest()             # verified, the same on every rank; None in a new run
     tensors = checkpoint.load("dense")
 
@@ -11,25 +12,20 @@ What a folder looks like is described in `checkpoint_files`.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
+from parallel.agreement import Agreement
 from parallel.checkpoint_files import (
-    FORMAT,
-    MANIFEST,
-    MARKER,
-    REPLACED,
     CheckpointError,
     CheckpointInfo,
-    ShardFile,
     check_file,
-    digest,
     folder_name,
     folders,
     is_committed,
@@ -39,13 +35,12 @@ from parallel.checkpoint_files import (
     read_json,
     read_manifest,
     remove,
-    sync,
     verify,
-    write_json,
-    write_tensors,
-    write_text,
 )
+from parallel.checkpoint_writer import CheckpointWriter, prune
+from parallel.host_buffers import HostBuffers
 from parallel.mesh import Mesh
+from parallel.tensor_file import ShardFile, TensorSource
 
 __all__ = [
     "Checkpoint",
@@ -58,7 +53,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass
@@ -69,11 +63,15 @@ class CheckpointConfig:
         every: optimizer steps between two checkpoints; 0 saves only when the run ends or stops.
         keep_last: newest checkpoints that are kept.
         keep_every: those of every so many steps are kept for good; 0 keeps none of them.
+        background: training goes on while a checkpoint is written, from a copy of the weights and
+            optimizer states in host memory. Turn off where host memory is short: training then
+            waits for the disk. It waits anyway where the copy would not fit, and says so.
     """
 
     every: int = 100
     keep_last: int = 3
     keep_every: int = 0
+    background: bool = True
 
     def validate(self) -> None:
         """Raise ValueError, naming the key, when a value cannot be meant."""
@@ -114,12 +112,13 @@ class Checkpoint:
         self.world: int = manifest["world"]
         self.meta: dict[str, Any] = manifest["meta"]
         self.kinds: list[str] = manifest["kinds"]
+        self._open: dict[Path, ShardFile] = {}
 
     def shard(self, kind: str, rank: int) -> ShardFile:
         """Open a saved rank's tensors of one kind, read one by one as they are asked for.
 
         Raises:
-            CheckpointError: no such kind or rank.
+            CheckpointError: no such kind or rank, or a file that is no safetensors file.
         """
         if kind not in self.kinds:
             raise CheckpointError(
@@ -130,11 +129,38 @@ class Checkpoint:
                 f"{self.path}: was saved by {self.world} ranks and has nothing of rank {rank}: "
                 "assemble its state from the shards of all saved ranks"
             )
-        return ShardFile(self.path / rank_file(rank, kind))
+        path = self.path / rank_file(rank, kind)
+        if path not in self._open:
+            try:
+                self._open[path] = ShardFile(path)
+            except OSError as e:
+                raise CheckpointError(f"{path}: cannot be read: {e}") from e
+        return self._open[path]
 
     def load(self, kind: str) -> dict[str, Tensor]:
         """Read this rank's tensors of one kind; raises CheckpointError like `shard`."""
         return dict(self.shard(kind, self._rank))
+
+    def pieces(self, kind: str, ranks: Iterable[int]) -> Iterator[dict[str, Tensor]]:
+        """Yield the rows of a table piece by piece, of the given saved ranks.
+
+        Every piece holds "ids" and the fields of its rows; only one is in memory at a time.
+        """
+        for rank in ranks:
+            shard = self.shard(kind, rank)
+            names: dict[str, list[str]] = {}
+            for key in shard:
+                names.setdefault(key.rpartition("/")[0], []).append(key)
+            for piece in sorted(names):
+                yield {key.rpartition("/")[2]: shard[key] for key in names[piece]}
+
+    def ranks_with_rows_of(self, rank: int, world: int) -> list[int]:
+        """Return the saved ranks that hold rows which now are `rank`'s, of `world` ranks.
+
+        Rows are dealt by id modulo the number of ranks, so that most ranks have none.
+        """
+        common = math.gcd(self.world, world)
+        return [saved for saved in range(self.world) if (saved - rank) % common == 0]
 
     @property
     def rank_meta(self) -> dict[str, Any]:
@@ -161,108 +187,119 @@ class CheckpointStore:
         """
         self.root, self.mesh, self.cfg = root, mesh, cfg or CheckpointConfig()
         self.cfg.validate()
-        # A group of its own over the CPU, so that saving never waits in a queue of GPU collectives.
-        self._group = dist.new_group(backend="gloo") if mesh.world > 1 else None
+        self._ranks = Agreement(mesh)
+        self._buffers: HostBuffers | None = None
+        self._writing: CheckpointWriter | None = None
+        self._seconds = 0.0
+        self._aside = self.cfg.background
 
-    def save(
+    def host_buffers(self, needed: int) -> HostBuffers | None:
+        """Return memory for copies of `needed` bytes; None when training has to wait instead."""
+        if self._buffers is None and self._aside:
+            buffers = HostBuffers(self.mesh)
+            if buffers.has_room(needed):
+                self._buffers = buffers
+            else:
+                log.warning(
+                    "rank %d: no host memory for a copy of %d bytes: training waits while "
+                    "checkpoints are written (checkpoint.background: false says so from the start)",
+                    *(self.mesh.rank, needed),
+                )
+                self._aside = False
+        return self._buffers
+
+    def start(
         self,
         step: int,
-        shards: Mapping[str, Mapping[str, Tensor]],
+        shards: Mapping[str, TensorSource | Mapping[str, Tensor]],
         rank_meta: Mapping[str, Any],
         meta: Mapping[str, Any],
+        before_commit: Callable[[], None] = lambda: None,
     ) -> Path:
-        """Write a checkpoint and delete those that need not be kept; on all ranks together.
+        """Begin to write a checkpoint; on all ranks together, after `wait`.
+
+        It is written beside training unless a source can only be read now. Checkpoints that need
+        not be kept are deleted once it is committed.
 
         Args:
             step: optimizer steps taken so far.
-            shards: this rank's tensors by kind (the same kinds on every rank), on the host.
+            shards: this rank's tensors by kind (the same kinds on every rank).
             rank_meta: this rank's plain values, as JSON.
             meta: the run's plain values, as JSON; rank 0's are written.
+            before_commit: rank 0 calls it before the checkpoint counts, on the writing thread.
 
         Returns:
-            The folder, committed and durable.
+            The folder that is being written.
+
+        Raises:
+            CheckpointError: the checkpoint before could not be written.
+        """
+        self.wait()
+        sources = {
+            kind: shard if isinstance(shard, TensorSource) else TensorSource.of(shard)
+            for kind, shard in shards.items()
+        }
+        self._writing = CheckpointWriter(
+            self.root / folder_name(step),
+            self._ranks,
+            sources,
+            rank_meta,
+            {"step": step, "meta": dict(meta)},
+            before_commit=before_commit,
+            after_commit=partial(prune, self.root, self.cfg.keep_last, self.cfg.keep_every),
+        )
+        if self._aside and all(source.in_memory for source in sources.values()):
+            self._writing.start()
+        else:
+            self._writing.run()
+        return self._writing.path
+
+    def wait(self, progress: Callable[[], None] = lambda: None) -> None:
+        """Wait until the checkpoint under way is committed and durable.
+
+        Args:
+            progress: called now and then while bytes still move.
 
         Raises:
             CheckpointError: on every rank, naming each rank's file and reason (a full disk, a
                 read-only folder …). The unfinished folder is gone, earlier ones are untouched.
         """
-        path = self.root / folder_name(step)
-        self._all(path, lambda: self._begin(path) if self.mesh.is_first else None)
-        ranks = self._all(path, lambda: self._write_rank(path, shards, rank_meta))
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "world": self.mesh.world,
-            "kinds": sorted(shards),
-            "files": {name: entry for files in ranks for name, entry in sorted(files.items())},
-            "meta": dict(meta),
-        }
-        self._all(path, lambda: self._commit(path, manifest) if self.mesh.is_first else None)
-        if self.mesh.is_first:
-            self._prune()
-        return path
+        writing = self._writing
+        if writing is None:
+            return
+        moved = -1
+        while not writing.done.wait(1.0):
+            if writing.moved != moved:
+                progress()
+            moved = writing.moved
+        self._writing = None
+        self._seconds += writing.seconds
+        if writing.error is not None:
+            raise writing.error
 
-    def _begin(self, path: Path) -> None:
-        if is_committed(path):
-            # Kept until the new one is durable.
-            replaced = _replaced(path)
-            if replaced.exists():
-                remove(replaced)
-            os.replace(path, replaced)
-        elif path.exists():
-            remove(path)
-        path.mkdir(parents=True)
-        sync(self.root)
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint under way could not be written; `wait` says why."""
+        return self._writing is not None and self._writing.error is not None
 
-    def _write_rank(
+    def written_seconds(self) -> float:
+        """Return the seconds of writing that ended since the last call, 0 when none did."""
+        if self._writing is not None and self._writing.done.is_set() and not self.failed:
+            self.wait()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def save(
         self,
-        path: Path,
-        shards: Mapping[str, Mapping[str, Tensor]],
+        step: int,
+        shards: Mapping[str, TensorSource | Mapping[str, Tensor]],
         rank_meta: Mapping[str, Any],
-    ) -> dict[str, dict[str, Any]]:
-        rank = self.mesh.rank
-        names = {kind: rank_file(rank, kind) for kind in shards}
-        entries = {name: write_tensors(path / name, shards[kind]) for kind, name in names.items()}
-        name = rank_meta_file(rank)
-        entries[name] = write_json(path / name, rank_meta)
-        sync(path)
-        return entries
-
-    def _commit(self, path: Path, manifest: dict[str, Any]) -> None:
-        missing = [
-            name
-            for rank in range(self.mesh.world)
-            for name in (rank_file(rank, kind) for kind in manifest["kinds"])
-            if name not in manifest["files"]
-        ]
-        if missing:
-            raise CheckpointError(f"ranks saved different kinds of state: no {', '.join(missing)}")
-        write_json(path / MANIFEST, manifest)
-        sync(path)
-        write_text(path / MARKER, digest(path / MANIFEST))
-        sync(path)
-        sync(self.root)
-
-    def _prune(self) -> None:
-        """Delete what need not be kept; a failure to delete does not spoil the one just written."""
-        committed: dict[int, Path] = {}
-        surplus: list[Path] = []
-        for step, path in folders(self.root):
-            if not is_committed(path):
-                continue
-            if step in committed:
-                surplus.append(path)
-            else:
-                committed[step] = path
-        kept = set(list(committed)[: self.cfg.keep_last])
-        if self.cfg.keep_every:
-            kept |= {step for step in committed if step % self.cfg.keep_every == 0}
-        surplus += [path for step, path in committed.items() if step not in kept]
-        for path in surplus:
-            try:
-                remove(path)
-            except OSError as e:
-                log.warning("old checkpoint %s cannot be deleted: %s", path, e)
+        meta: Mapping[str, Any],
+    ) -> Path:
+        """Write a checkpoint and wait for it: `start` and `wait`; returns its folder."""
+        path = self.start(step, shards, rank_meta, meta)
+        self.wait()
+        return path
 
     def newest(self) -> Checkpoint | None:
         """Return the newest checkpoint that is complete and intact; on all ranks together.
@@ -274,18 +311,24 @@ class CheckpointStore:
             The same checkpoint on every rank; None when none was ever committed.
 
         Raises:
-            CheckpointError: checkpoints were committed, but none is intact.
+            CheckpointError: checkpoints were committed, but none is intact; or the one under way
+                could not be written.
         """
-        found = self._gather([str(p) for _, p in folders(self.root)])[0]
+        return self.newest_before(None)
+
+    def newest_before(self, step: int | None) -> Checkpoint | None:
+        """Return the newest intact checkpoint of an earlier step than `step`; see `newest`."""
+        self.wait()
+        found = self._ranks.gather([(s, str(p)) for s, p in folders(self.root)])[0]
         passed_over: list[str] = []
         damaged = 0
-        for path in map(Path, found):
+        for path in [Path(p) for s, p in found if step is None or s < step]:
             problems = self._verify_together(path)
             if not problems:
                 for text in passed_over:
                     self._warn(f"checkpoint passed over: {text}")
                 return Checkpoint(path, self.mesh.rank, tuple(passed_over))
-            damaged += any(self._gather(is_committed(path)))
+            damaged += any(self._ranks.gather(is_committed(path)))
             passed_over.append(problems[0])
         if damaged:
             raise CheckpointError(
@@ -299,13 +342,26 @@ class CheckpointStore:
 
     def discard_after(self, step: int) -> None:
         """Delete every checkpoint of a later step, as a run that is rolled back must."""
+        self.wait()
 
         def discard() -> None:
             for found, path in folders(self.root):
                 if found > step:
                     remove(path)
 
-        self._all(None, lambda: discard() if self.mesh.is_first else None)
+        self._ranks.all(lambda: discard() if self.mesh.is_first else None)
+
+    def together(self, work: Callable[[], None]) -> None:
+        """Do each rank's part of some work on files; raises CheckpointError on all if one fails."""
+        self.wait()
+        self._ranks.all(work)
+
+    def close(self) -> None:
+        """Give the host memory back; raises what `wait` raises."""
+        self.wait()
+        if self._buffers is not None:
+            self._buffers.close()
+            self._buffers = None
 
     def _verify_together(self, path: Path) -> list[str]:
         """Return all ranks' problems with a folder, the same list on every rank."""
@@ -321,51 +377,8 @@ class CheckpointStore:
                 problem = check_file(path / name, files[name])
                 if problem:
                     problems.append(problem)
-        return [text for rank in self._gather(problems) for text in rank]
+        return [text for rank in self._ranks.gather(problems) for text in rank]
 
     def _warn(self, text: str) -> None:
         if self.mesh.is_first:
             log.warning(text)
-
-    def _gather(self, value: T) -> list[T]:
-        """Return every rank's value, by rank."""
-        if self._group is None:
-            return [value]
-        values: list[Any] = [None] * self.mesh.world
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
-    def _all(self, path: Path | None, work: Callable[[], T]) -> list[T]:
-        """Do each rank's part; when any fails, remove `path` and raise on all."""
-        result: T | None = None
-        error = ""
-        try:
-            result = work()
-        # Whatever it is, the peers must hear of it, or they would wait for ever.
-        except Exception as e:
-            what = str(e) if isinstance(e, CheckpointError) else f"{type(e).__name__}: {e}"
-            error = f"rank {self.mesh.rank}: {what}"
-        answers = self._gather((result, error))
-        errors = [text for _, text in answers if text]
-        if not errors:
-            return [value for value, _ in answers]  # type: ignore[misc]
-        undone = self._undo(path) if path is not None and self.mesh.is_first else ""
-        # No rank goes on before the folder is gone.
-        errors += [text for text in self._gather(undone) if text]
-        raise CheckpointError("\n".join(errors))
-
-    @staticmethod
-    def _undo(path: Path) -> str:
-        """Remove an unfinished folder and put back what it was to replace; return what failed."""
-        try:
-            if path.exists():
-                remove(path)
-            if _replaced(path).exists():
-                os.replace(_replaced(path), path)
-        except OSError as e:
-            return f"the unfinished folder could not be removed: {e}; it will be ignored"
-        return ""
-
-
-def _replaced(path: Path) -> Path:
-    return path.with_name(path.name + REPLACED)

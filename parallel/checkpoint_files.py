@@ -12,21 +12,22 @@ it is code: loading a stranger's checkpoint parses safetensors and JSON.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from parallel.tensor_file import TensorSource, write_safetensors
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Formats that can be read; in the first one a table's rows were a single piece."""
 MANIFEST = "manifest.json"
 MARKER = "COMMITTED"
 REPLACED = ".replaced"
@@ -88,17 +89,23 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def write_tensors(
+    path: Path, source: TensorSource, moved: Callable[[int], None] = lambda _: None
+) -> dict[str, Any]:
     """Write and sync a safetensors file; return its manifest entry.
+
+    Args:
+        path: of the file.
+        source: what it holds.
+        moved: told the bytes of every write.
 
     Raises:
         CheckpointError: the file cannot be written; says how much space is left.
     """
     try:
-        safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, path)
-        return _entry(path)
-    except (SafetensorError, OSError) as e:
-        raise _write_error(path, e) from e
+        return write_safetensors(path, source, moved=moved)
+    except OSError as e:
+        raise write_error(path, e) from e
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +127,7 @@ def write_text(path: Path, text: str) -> dict[str, Any]:
         path.write_text(text)
         return _entry(path)
     except OSError as e:
-        raise _write_error(path, e) from e
+        raise write_error(path, e) from e
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -128,11 +135,20 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest(path)}
 
 
-def _write_error(path: Path, error: Exception) -> CheckpointError:
-    free = shutil.disk_usage(path.parent).free
+def write_error(path: Path, error: OSError) -> CheckpointError:
+    """Return an error that says what could not be written and what to do about it."""
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        remedy = "Make the folder writable for this user, or move the run's folder"
+    else:
+        remedy = (
+            "Free some space, keep fewer checkpoints (checkpoint.keep_last, "
+            "checkpoint.keep_every) or move the run's folder"
+        )
+    place = next(folder for folder in path.parents if folder.exists())
+    free = shutil.disk_usage(place).free
     return CheckpointError(
-        f"{path}: cannot be written: {error} ({free:,} bytes free there). Free some space, keep "
-        "fewer checkpoints (checkpoint.keep_last, checkpoint.keep_every) or move the run's folder"
+        f"{path}: cannot be written: {error.strerror or error} ({free:,} bytes free there). "
+        f"{remedy}; the checkpoints before are untouched, and the same command goes on from them"
     )
 
 
@@ -162,9 +178,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if found != expected:
         raise CheckpointError(f"{manifest}: SHA-256 {found[:12]}… is not {expected[:12]}…")
     values = read_json(manifest)
-    if values.get("format") != FORMAT:
+    if values.get("format") not in READABLE:
         raise CheckpointError(
-            f"{manifest}: format {values.get('format')}; this version reads {FORMAT}"
+            f"{manifest}: format {values.get('format')}; this version reads "
+            f"{' and '.join(map(str, READABLE))}"
         )
     return values
 
@@ -231,30 +248,3 @@ def remove(path: Path) -> None:
     (path / MARKER).unlink(missing_ok=True)
     sync(path)
     shutil.rmtree(path)
-
-
-class ShardFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name; each is read when it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        """Open the file; raises CheckpointError when it is missing or not safetensors."""
-        try:
-            file: Any = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{path}: cannot be read: {e}") from e
-        self._file, self._keys, self._path = file, list(file.keys()), path
-
-    def __getitem__(self, key: str) -> Tensor:
-        """Read one tensor."""
-        if key not in self._keys:
-            raise KeyError(f"{self._path} has no tensor '{key}'")
-        tensor: Tensor = self._file.get_tensor(key)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        """Return the number of tensors."""
-        return len(self._keys)

@@ -12,16 +12,21 @@ coefficient clips both, and a norm that is not finite skips both, on all ranks a
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from parallel.deepspeed_env import load_deepspeed, require_async_io
 from parallel.engine_config import EngineConfig, OffloadConfig, OptimizerConfig, ZeroConfig
+from parallel.host_buffers import HostBuffers
 from parallel.mesh import Mesh
 from parallel.schedule import ScheduleConfig, learning_rate_factor
+from parallel.tensor_file import TensorSource
 from parallel.zero_setup import (
     EngineError,
     build_optimizer,
@@ -71,8 +76,8 @@ class StepResult:
     Attributes:
         grad_norm: global gradient norm before clipping, tables included; inf when not finite.
         lr: learning rate of the schedule (of a group with multiplier 1).
-        skipped: the norm was not finite, so that nothing moved: neither weights, tables, optimizer
-            states nor the schedule.
+        skipped: the norm was not finite, or the step not accepted, so that nothing moved: neither
+            weights, tables, optimizer states nor the schedule.
     """
 
     grad_norm: float
@@ -139,8 +144,10 @@ class Engine:
             if p.partition_numel() * mesh.rank < p.ds_numel
         }
         self._micro_batch = 0
-        if self.tables:
-            self._join_norms()
+        self._tables_wait = False
+        self._norm = 0.0
+        self._accept: Callable[[float], bool] | None = None
+        self._join_norms()
 
     @property
     def lr(self) -> float:
@@ -173,8 +180,12 @@ class Engine:
                     "on it (a zero contribution will do)"
                 )
 
-    def step(self) -> StepResult | None:
+    def step(self, accept: Callable[[float], bool] | None = None) -> StepResult | None:
         """End a micro-batch; after the last of `accumulation`, step weights and tables.
+
+        Args:
+            accept: is given the global gradient norm and says whether the step is applied; must
+                answer alike on all ranks. A norm that is not finite never is.
 
         Returns:
             What the optimizer step did, or None between micro-batches.
@@ -185,19 +196,20 @@ class Engine:
             return None
         self._micro_batch = 0
         lr = self.lr
+        self._tables_wait = True
         for group in self._zero.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
+        self._accept = accept
         self._deepspeed.step()
-        norm = float(self._zero._global_grad_norm)
-        skipped = bool(self._zero.overflow)
+        norm, skipped = self._norm, bool(self._zero.overflow)
         if skipped:
             self.skipped_steps += 1
             for table in self.tables:
                 table.skip()
         else:
+            if self._tables_wait:
+                raise EngineError("DeepSpeed stepped without unscaling: the tables were left out")
             self.applied_steps += 1
-            for table in self.tables:
-                table.step(lr, self._clip_coefficient(norm))
         return StepResult(norm, lr, skipped)
 
     def _clip_coefficient(self, norm: float) -> float:
@@ -205,20 +217,42 @@ class Engine:
         return 1.0 / max((norm + 1e-6) / clip, 1.0) if clip > 0 else 1.0
 
     def _join_norms(self) -> None:
-        """Make the tables' gradient norm part of the one that DeepSpeed clips and judges by."""
-        dense_norms = self._zero._get_norm_groups
+        """Make the tables' gradient norm part of the one that DeepSpeed clips and judges by.
+
+        A step that is not accepted gets a norm that DeepSpeed discards steps for. Once it is, the
+        tables step first: their host's work runs beside the dense step.
+        """
+        dense_norms, unscale = self._zero._get_norm_groups, self._zero.unscale_and_clip_grads
+        combine = importlib.import_module("deepspeed.runtime.utils").combine_grad_norm_groups
 
         def norms() -> list[Tensor]:
             groups: list[Tensor] = dense_norms()
             for table in self.tables:
                 norm = table.grad_sq_norm().sqrt()
                 groups.append(norm.to(device=groups[0].device, dtype=groups[0].dtype))
+            # The step's one wait for the device.
+            self._norm = float(combine(groups))
+            if self._accept is not None and not self._accept(self._norm):
+                groups.append(torch.full_like(groups[0], math.inf))
             return groups
 
-        self._zero._get_norm_groups = norms
+        def step_tables_and_unscale(sub_group_id: int, total_norm: Tensor) -> None:
+            if self._tables_wait:
+                self._tables_wait = False
+                coefficient = self._clip_coefficient(self._norm)
+                for table in self.tables:
+                    table.step(self.lr, coefficient)
+            unscale(sub_group_id, total_norm)
 
-    def local_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copy this rank's dense state to host memory, for every offload mode.
+        self._zero._get_norm_groups = norms
+        self._zero.unscale_and_clip_grads = step_tables_and_unscale
+
+    def snapshot(self, buffers: HostBuffers | None) -> tuple[TensorSource, dict[str, Any]]:
+        """Return this rank's dense state as of the last step, for every offload mode.
+
+        Args:
+            buffers: take copies in host memory, whole after `buffers.wait()`; with None the source
+                reads the live state, to be done before the next step.
 
         Returns:
             (tensors, meta): fp32 master, first and second moment of this rank's part of every
@@ -232,9 +266,19 @@ class Engine:
                 f"state asked for after micro-batch {self._micro_batch} of "
                 f"{self.cfg.accumulation}: gradients are no part of it; wait for the step's end"
             )
-        tensors, meta = self._state.snapshot()
+        source, meta = self._state.snapshot(buffers)
         steps = {"applied_steps": self.applied_steps, "skipped_steps": self.skipped_steps}
-        return tensors, meta | steps
+        return source, meta | steps
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Host memory that the copies of a snapshot take, about."""
+        return self._state.nbytes
+
+    def local_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copy this rank's dense state to host memory; see `snapshot`."""
+        source, meta = self.snapshot(None)
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in source}, meta
 
     def load_local_state(
         self,

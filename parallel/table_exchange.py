@@ -108,18 +108,20 @@ class Exchange:
             index.to(self.mesh.device),
         )
 
-    def deliver(self, plan: Plan, rows_NW: Tensor) -> Tensor:
+    def deliver(self, plan: Plan, rows_NW: Tensor, out: Tensor | None = None) -> Tensor:
         """Hand the wanted rows to those who asked; return this rank's [U, W]. A collective call.
 
         Args:
             plan: of this batch.
-            rows_NW: the rows `plan.wanted_N`, in transport type, on any device.
+            rows_NW: the rows `plan.wanted_N`, in transport type, on any device; or some of their
+                columns.
+            out: memory for the result on the mesh's device.
         """
         rows_NW = rows_NW.to(self.mesh.device, non_blocking=True)
         if plan.asked is None:
-            return rows_NW
+            return rows_NW if out is None else out.copy_(rows_NW)
         sent_RW = rows_NW.index_select(0, plan.asked.inverse_T)
-        rows_UW = rows_NW.new_empty(plan.unique, rows_NW.shape[1])
+        rows_UW = rows_NW.new_empty(plan.unique, rows_NW.shape[1]) if out is None else out
         dist.all_to_all_single(rows_UW, sent_RW, plan.send_counts, plan.receive_counts)
         return rows_UW
 
@@ -148,10 +150,10 @@ class Exchange:
     def add_up(self, value: Tensor) -> Tensor:
         """Return the sum over ranks of fp64 0-dim values, added in rank order: alike everywhere."""
         if self.mesh.world == 1:
-            return value.cpu()
-        values = [torch.empty(1, dtype=torch.float64) for _ in range(self.mesh.world)]
-        dist.all_gather(values, value.reshape(1).to("cpu", torch.float64))
-        return torch.cat(values).sum()
+            return value
+        values = value.new_empty(self.mesh.world, dtype=torch.float64)
+        dist.all_gather_into_tensor(values, value.reshape(1).double())
+        return values.sum()
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's `value` (small, picklable), in rank order. A collective call."""

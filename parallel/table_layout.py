@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-OPTIMIZERS = ("adam", "adam_rowwise", "adagrad_rowwise")
+from kernels.rows_step import KINDS
+
+OPTIMIZERS = KINDS
 TIERS = ("device", "host", "nvme")
 
 
@@ -36,6 +38,10 @@ class TableConfig:
         nvme_path: folder of the nvme tier's files, on a local disk of every machine.
         cache_rows: rows that the nvme tier keeps in host memory, on each rank; 0 takes a quarter.
         io_threads: threads that read and write the nvme tier.
+        kernel: what reads and steps rows in host memory: "compiled" (C++, built once on first use,
+            into TORCH_EXTENSIONS_DIR), "torch" (nothing to compile, many times slower) or "auto"
+            (compiled on a GPU machine, else torch). Rows on the device always take torch.
+        threads: of the compiled kernel; 0 takes the rank's share of the cores, less two.
         direct: open the nvme tier with O_DIRECT. Turn off only where the file system has no
             O_DIRECT (tmpfs): the page cache then takes memory beside the cache of rows.
     """
@@ -50,6 +56,8 @@ class TableConfig:
     nvme_path: str = ""
     cache_rows: int = 0
     io_threads: int = 16
+    kernel: Literal["auto", "compiled", "torch"] = "auto"
+    threads: int = 0
     direct: bool = True
 
     def validate(self) -> None:
@@ -58,6 +66,7 @@ class TableConfig:
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("tier", self.tier, TIERS),
             ("transport", self.transport, ("compute", "fp32")),
+            ("kernel", self.kernel, ("auto", "compiled", "torch")),
         ):
             if value not in allowed:
                 raise ValueError(f"table: {key} {value!r} is none of {', '.join(allowed)}")
@@ -68,10 +77,10 @@ class TableConfig:
                 f"table: eps {self.eps} must be positive, lr_multiplier {self.lr_multiplier} and "
                 f"weight_decay {self.weight_decay} must not be negative"
             )
-        if self.cache_rows < 0 or self.io_threads < 1:
+        if self.cache_rows < 0 or self.io_threads < 1 or self.threads < 0:
             raise ValueError(
-                f"table: cache_rows {self.cache_rows} must be >= 0, io_threads {self.io_threads} "
-                "must be >= 1"
+                f"table: cache_rows {self.cache_rows} and threads {self.threads} must be >= 0, "
+                f"io_threads {self.io_threads} must be >= 1"
             )
         if self.tier == "nvme" and not self.nvme_path:
             raise ValueError("table: tier nvme needs nvme_path, a folder on a local disk")
@@ -94,7 +103,8 @@ class RowLayout:
         Args:
             optimizer: one of OPTIMIZERS.
             width: W.
-            groups: second moments per row of the row-wise optimizers; divides `width`.
+            groups: equal parts of a row, each of which has a second moment of its own in the
+                row-wise optimizers; divides `width`.
         """
         return cls(
             {

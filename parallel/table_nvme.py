@@ -23,15 +23,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.rows_step import RowKernels
 from parallel.table_cache import SlotCache
 from parallel.table_exchange import Exchange
 from parallel.table_layout import RowLayout, TableConfig, TableError
-from parallel.table_optim import Fields
-from parallel.table_tiers import RESERVE, available_host_bytes, refuse_unless_fits
+from parallel.table_tiers import RESERVE, Fields, available_host_bytes, refuse_unless_fits
 
 SECTOR = 512
-CHUNK_BYTES = 32 * 2**20
-"""Records brought in by one call: enough requests in flight, few temporaries."""
+
+Move = Callable[[int, list[memoryview], int], int]
+"""os.preadv or os.pwritev."""
 
 
 class RecordFile:
@@ -80,19 +81,11 @@ class RecordFile:
         Raises:
             TableError: an error of the device, or fewer bytes than a record.
         """
-
-        def one(row: int, piece: memoryview) -> int:
-            return os.preadv(self._file, [piece], row * self.record_bytes)
-
-        self._each("read", one, rows, buffer, places)
+        self.exchange([-1] * len(rows), rows, buffer, places)
 
     def write(self, rows: list[int], buffer: memoryview, places: list[int]) -> None:
         """Write records from the given places of a page-aligned buffer; raises TableError."""
-
-        def one(row: int, piece: memoryview) -> int:
-            return os.pwritev(self._file, [piece], row * self.record_bytes)
-
-        self._each("wrote", one, rows, buffer, places)
+        self.exchange(rows, [-1] * len(rows), buffer, places)
 
     def close(self) -> None:
         """End the threads and remove the file, which means nothing without this process."""
@@ -100,64 +93,72 @@ class RecordFile:
         self.path.unlink(missing_ok=True)
         os.close(self._file)
 
-    def _each(
-        self,
-        verb: str,
-        move: Callable[[int, memoryview], int],
-        rows: list[int],
-        buffer: memoryview,
-        places: list[int],
+    def exchange(
+        self, leaving: list[int], coming: list[int], buffer: memoryview, places: list[int]
     ) -> None:
+        """Write record `leaving[i]` from a place, then read record `coming[i]` to it; -1 is none.
+
+        Reads and writes of different places overlap.
+        """
         size = self.record_bytes
 
         def part(start: int) -> None:
-            for row, place in zip(
-                rows[start :: self._threads], places[start :: self._threads], strict=True
-            ):
-                try:
-                    moved = move(row, buffer[place * size : (place + 1) * size])
-                except OSError as error:
-                    raise TableError(
-                        f"{self.path}: record of local row {row}: {error.strerror}; training "
-                        "stops, resume from the last checkpoint on a sound disk"
-                    ) from error
-                if moved != size:
-                    raise TableError(
-                        f"{self.path}: {verb} {moved} of the {size} bytes of local row {row}; the "
-                        "file was cut or the disk is full: resume from the last checkpoint"
-                    )
+            for i in range(start, len(places), self._threads):
+                piece = buffer[places[i] * size : (places[i] + 1) * size]
+                if leaving[i] >= 0:
+                    self._move("wrote", os.pwritev, leaving[i], piece)
+                if coming[i] >= 0:
+                    self._move("read", os.preadv, coming[i], piece)
 
-        for done in [self._pool.submit(part, i) for i in range(min(self._threads, len(rows)))]:
+        for done in [self._pool.submit(part, i) for i in range(min(self._threads, len(places)))]:
             done.result()
+
+    def _move(self, verb: str, move: Move, row: int, piece: memoryview) -> None:
+        size = self.record_bytes
+        try:
+            moved = move(self._file, [piece], row * size)
+        except OSError as error:
+            raise TableError(
+                f"{self.path}: record of local row {row}: {error.strerror}; training stops, resume "
+                "from the last checkpoint on a sound disk"
+            ) from error
+        if moved != size:
+            raise TableError(
+                f"{self.path}: {verb} {moved} of the {size} bytes of local row {row}; the file was "
+                "cut or the disk is full: resume from the last checkpoint"
+            )
 
 
 class Checksums:
     """Checksums of records: multiply-add over 64-bit words, modulo 2**64, salted with the row.
 
     Every word has an odd factor of its own, so a change of one word never goes unseen, a record
-    from another place neither; longer damage escapes once in about 2**64. It is vectorised, which
-    a CRC in Python is not.
+    from another place neither; longer damage escapes once in about 2**64.
     """
 
-    def __init__(self, words: int) -> None:
+    def __init__(self, words: int, kernels: RowKernels) -> None:
         """Check records of `words` 64-bit words, the last of which is the checksum."""
+        self._kernels = kernels
         generator = torch.Generator().manual_seed(20261123)
-        self._factor = (
+        self._factors_R = torch.ones(words, dtype=torch.int64)
+        self._factors_R[:-1] = (
             torch.randint(-(2**62), 2**62, (words - 1,), generator=generator, dtype=torch.int64)
             .mul_(2)
             .add_(1)
         )
 
-    def of(self, index_N: Tensor, words_NR: Tensor) -> Tensor:
-        """Return the checksums int64 [N] of records, their own checksum left out."""
+    def of(self, index_N: Tensor, words_SR: Tensor, places_N: Tensor) -> Tensor:
+        """Return the checksums int64 [N] of the records at these places, rows `index_N`."""
         salt_N = (index_N + 1) * 0x9E3779B97F4A7C1
-        return (words_NR[:, :-1] * self._factor).sum(dim=1) + salt_N
+        return self._kernels.checksum(words_SR, places_N, self._factors_R) + salt_N
 
 
 class NvmeTier:
     """Rows of one owner in a `RecordFile`, reached through a `SlotCache` in host memory."""
 
-    def __init__(self, path: Path, rows: int, layout: RowLayout, cfg: TableConfig) -> None:
+    def __init__(
+        self, path: Path, rows: int, layout: RowLayout, cfg: TableConfig, kernels: RowKernels
+    ) -> None:
         """Make the file and the cache; every row is zero and takes no reading until it is written.
 
         Args:
@@ -165,17 +166,18 @@ class NvmeTier:
             rows: local rows.
             layout: fields of a row.
             cfg: cache_rows, io_threads and direct.
+            kernels: count checksums.
         """
         self.device = torch.device("cpu")
         self.layout, self.rows, self.path = layout, rows, path
         self.record_bytes = record_bytes(layout)
         cached = cache_rows(cfg, rows)
-        self.chunk_rows = max(1, min(cached, CHUNK_BYTES // self.record_bytes))
+        self.chunk_rows = max(1, cached)
         self._file = RecordFile(path, rows, self.record_bytes, cfg)
         self._buffer, self._words_SR = self._records(cached)
         # Touched now, so that a lack of memory shows here.
         self._words_SR.zero_()
-        self._checksums = Checksums(self._words_SR.shape[1])
+        self._checksums = Checksums(self._words_SR.shape[1], kernels)
         self._cache = SlotCache(rows, cached)
         self._written = torch.zeros(rows, dtype=torch.bool)
         self.fields: Fields = self._fields(self._words_SR)
@@ -186,7 +188,7 @@ class NvmeTier:
             "disk_write_bytes": 0,
         }
 
-    def slots(self, index_N: Tensor, *, write: bool) -> Tensor:
+    def slots(self, index_N: Tensor, *, write: bool, held_N: Tensor | None = None) -> Tensor:
         """Bring rows into the cache; return their slots, int64 [N]."""
         if index_N.shape[0] > self.chunk_rows:
             raise ValueError(f"{index_N.shape[0]} rows at once, the cache takes {self.chunk_rows}")
@@ -195,20 +197,34 @@ class NvmeTier:
         self.stats["cache_hits"] += index_N.shape[0] - absent.shape[0]
         self.stats["cache_misses"] += absent.shape[0]
         if absent.shape[0]:
-            free_N, leaving_N, dirty_N = self._cache.evict(absent.shape[0], slots_N[~absent_N])
-            self._write_back(leaving_N[dirty_N], free_N[dirty_N])
-            self._read(index_N[absent], free_N, self._buffer, self._words_SR)
-            self._cache.put(index_N[absent], free_N)
+            free_N, leaving_N, dirty_N = self._cache.evict(
+                absent.shape[0], self._kept(slots_N[~absent_N], absent.shape[0], held_N)
+            )
+            coming_N = index_N[absent]
+            self._exchange(torch.where(dirty_N, leaving_N, -1), coming_N, free_N)
+            self._cache.put(coming_N, free_N)
             slots_N[absent] = free_N
         self._cache.touch(slots_N, write=write)
         return slots_N
+
+    def _kept(self, used_N: Tensor, absent: int, held_N: Tensor | None) -> Tensor:
+        """Return the slots that must stay: those in use and, where there is room, those held."""
+        if held_N is None:
+            return used_N
+        held_slots = self._cache.find(held_N)[0]
+        kept = torch.unique(torch.cat((used_N, held_slots[held_slots >= 0])))
+        return kept if kept.shape[0] + absent <= self._cache.size else used_N
 
     def peek(self, index_N: Tensor) -> Fields:
         """Return copies of the rows' fields; what the cache holds does not change."""
         buffer, words_NR = self._records(index_N.shape[0])
         slots_N, absent_N = self._cache.find(index_N)
         absent = absent_N.nonzero()[:, 0]
-        self._read(index_N[absent], absent, buffer, words_NR)
+        written = self._written[index_N[absent]]
+        read, fresh = absent[written], absent[~written]
+        self._file.read(index_N[read].tolist(), buffer, read.tolist())
+        words_NR[fresh] = 0
+        self._verify(index_N[read], words_NR, read)
         words_NR[~absent_N] = self._words_SR[slots_N[~absent_N]]
         return self._fields(words_NR)
 
@@ -227,18 +243,29 @@ class NvmeTier:
         """Remove the file; the cache goes with the object."""
         self._file.close()
 
-    def _read(
-        self, index_N: Tensor, places_N: Tensor, buffer: memoryview, words_NR: Tensor
-    ) -> None:
-        written_N = self._written[index_N]
-        words_NR[places_N[~written_N]] = 0
-        index_N, places_N = index_N[written_N], places_N[written_N]
-        if index_N.shape[0] == 0:
-            return
-        self._file.read(index_N.tolist(), buffer, places_N.tolist())
+    def _exchange(self, leaving_N: Tensor, coming_N: Tensor, slots_N: Tensor) -> None:
+        """Write rows from slots of the cache (-1: none) and read others in their place."""
+        written_N = self._written[coming_N]
+        out = (leaving_N >= 0).nonzero()[:, 0]
+        if out.shape[0]:
+            rows, slots = leaving_N[out], slots_N[out]
+            self._words_SR[slots, -1] = self._checksums.of(rows, self._words_SR, slots)
+            self.stats["disk_write_bytes"] += out.shape[0] * self.record_bytes
+        self._file.exchange(
+            leaving_N.tolist(),
+            torch.where(written_N, coming_N, -1).tolist(),
+            self._buffer,
+            slots_N.tolist(),
+        )
+        self._written[leaving_N[out]] = True
+        # What was never written is zero.
+        self._words_SR[slots_N[~written_N]] = 0
+        self._verify(coming_N[written_N], self._words_SR, slots_N[written_N])
+
+    def _verify(self, index_N: Tensor, words_SR: Tensor, places_N: Tensor) -> None:
         self.stats["disk_read_bytes"] += index_N.shape[0] * self.record_bytes
-        records_NR = words_NR[places_N]
-        wrong = (self._checksums.of(index_N, records_NR) != records_NR[:, -1]).nonzero()[:, 0]
+        sums_N = self._checksums.of(index_N, words_SR, places_N)
+        wrong = (sums_N != words_SR[places_N, -1]).nonzero()[:, 0]
         if wrong.shape[0]:
             row = int(index_N[wrong[0]])
             raise TableError(
@@ -246,15 +273,6 @@ class NvmeTier:
                 f"not match its checksum, {wrong.shape[0]} of {index_N.shape[0]} read with it do "
                 "not; training stops, resume from the last checkpoint and check the disk"
             )
-
-    def _write_back(self, index_N: Tensor, places_N: Tensor) -> None:
-        if index_N.shape[0] == 0:
-            return
-        sums_N = self._checksums.of(index_N, self._words_SR[places_N])
-        self._words_SR[places_N, -1] = sums_N
-        self._file.write(index_N.tolist(), self._buffer, places_N.tolist())
-        self._written[index_N] = True
-        self.stats["disk_write_bytes"] += index_N.shape[0] * self.record_bytes
 
     def _records(self, count: int) -> tuple[memoryview, Tensor]:
         """Return page-aligned memory of `count` records, as bytes and as words int64 [count, R]."""
@@ -277,7 +295,9 @@ def cache_rows(cfg: TableConfig, rows: int) -> int:
     return min(max(1, cfg.cache_rows or -(-rows // 4)), max(1, rows))
 
 
-def open_nvme_tier(exchange: Exchange, layout: RowLayout, cfg: TableConfig) -> NvmeTier:
+def open_nvme_tier(
+    exchange: Exchange, layout: RowLayout, cfg: TableConfig, kernels: RowKernels
+) -> NvmeTier:
     """Check that file and cache of all ranks fit, then make them. A collective call."""
     folder = Path(cfg.nvme_path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -299,4 +319,4 @@ def open_nvme_tier(exchange: Exchange, layout: RowLayout, cfg: TableConfig) -> N
         int(available_host_bytes() * (1 - RESERVE)),
         "set a smaller cache_rows",
     )
-    return NvmeTier(path, rows, layout, cfg)
+    return NvmeTier(path, rows, layout, cfg, kernels)

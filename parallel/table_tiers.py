@@ -8,9 +8,11 @@ Shapes: N distinct rows of one call, W columns of their weights.
 
 from __future__ import annotations
 
+import mmap
 import socket
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,12 +24,14 @@ from torch import Tensor
 
 from parallel.table_exchange import Exchange
 from parallel.table_layout import RowLayout, TableError
-from parallel.table_optim import Fields
 
 RESERVE = 0.1
 """Share of the free memory that tables leave to the rest of the run."""
 
 Result = TypeVar("Result")
+
+Fields = dict[str, Tensor]
+"""Fp32 tensors of rows by name of the field."""
 
 
 class Tier(Protocol):
@@ -47,10 +51,11 @@ class Tier(Protocol):
     chunk_rows: int
     stats: dict[str, int]
 
-    def slots(self, index_N: Tensor, *, write: bool) -> Tensor:
+    def slots(self, index_N: Tensor, *, write: bool, held_N: Tensor | None = None) -> Tensor:
         """Bring rows (distinct, at most `chunk_rows`) in; return their slots, int64 [N].
 
-        The slots hold until the next call; with `write`, what is put there is kept.
+        The slots hold until the next call; with `write`, what is put there is kept. Rows `held_N`
+        are needed soon and do not leave for these, where there is room for both.
         """
 
     def peek(self, index_N: Tensor) -> Fields:
@@ -73,18 +78,16 @@ class MemoryTier:
         """Allocate `rows` zero rows; pages are touched, so that a lack of memory shows here."""
         self.device = device
         self.layout = layout
-        arena = torch.empty(rows * layout.columns, dtype=torch.float32, device=device).zero_()
+        arena = zeros(rows * layout.columns, device)
         parts = torch.split(arena, [rows * width for width in layout.widths.values()])
         self.fields: Fields = {
             name: part.view(rows, width)
             for (name, width), part in zip(layout.widths.items(), parts, strict=True)
         }
-        # A chunk and the temporaries of its update stay in a CPU's cache.
-        budget = 2**20 if device.type == "cpu" else 2**25
-        self.chunk_rows = max(1, budget // layout.columns)
+        self.chunk_rows = max(1, rows)
         self.stats: dict[str, int] = {}
 
-    def slots(self, index_N: Tensor, *, write: bool) -> Tensor:
+    def slots(self, index_N: Tensor, *, write: bool, held_N: Tensor | None = None) -> Tensor:
         """Return the rows themselves: slot and row are the same here."""
         return index_N
 
@@ -105,37 +108,16 @@ class MemoryTier:
         """Do nothing: memory is freed with the object."""
 
 
-def read_weights(tier: Tier, index_N: Tensor, dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """Return the weights [N, W] of distinct rows in `dtype`, in pinned memory when asked."""
-    weight = tier.fields["weight"]
-    out_NW = torch.empty(
-        index_N.shape[0], weight.shape[1], dtype=dtype, device=tier.device, pin_memory=pinned
-    )
-    for at, rows in _chunks(tier, index_N):
-        target = out_NW[at : at + rows.shape[0]]
-        slots = tier.slots(rows, write=False)
-        if dtype == weight.dtype:
-            torch.index_select(weight, 0, slots, out=target)
-        else:
-            target.copy_(weight.index_select(0, slots))
-    return out_NW
+def zeros(numel: int, device: torch.device) -> Tensor:
+    """Return fp32 zeros, touched; in host memory on huge pages where the machine has them.
 
-
-def step_rows(
-    tier: Tier, index_N: Tensor, grad_NW: Tensor, update: Callable[[Fields, Tensor], None]
-) -> None:
-    """Apply `update(fields, gradient)` to distinct rows, a chunk at a time."""
-    for at, rows in _chunks(tier, index_N):
-        slots = tier.slots(rows, write=True)
-        fields = {name: field.index_select(0, slots) for name, field in tier.fields.items()}
-        update(fields, grad_NW[at : at + rows.shape[0]])
-        for name, field in tier.fields.items():
-            field.index_copy_(0, slots, fields[name])
-
-
-def _chunks(tier: Tier, index_N: Tensor) -> Iterator[tuple[int, Tensor]]:
-    for at in range(0, index_N.shape[0], tier.chunk_rows):
-        yield at, index_N[at : at + tier.chunk_rows]
+    Slices of rows are read all over the arena: with small pages every one would miss the TLB.
+    """
+    if device.type != "cpu" or numel == 0:
+        return torch.zeros(numel, dtype=torch.float32, device=device)
+    memory = mmap.mmap(-1, 4 * numel)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32).zero_()
 
 
 class TierThread:
@@ -143,6 +125,9 @@ class TierThread:
 
     Order is what keeps prefetching exact: a read given after an update sees the update. After a
     failure nothing more runs, and every later call raises it, so that training stops.
+
+    Attributes:
+        seconds: time spent by kind of work, since the start.
     """
 
     def __init__(self, name: str, tier: torch.device, compute: torch.device) -> None:
@@ -151,6 +136,7 @@ class TierThread:
         A device tier's work is queued on the GPU by the caller: the GPU keeps the order there.
         """
         self.failure: BaseException | None = None
+        self.seconds: dict[str, float] = {}
         self._pool: ThreadPoolExecutor | None = None
         if tier.type == "cpu":
             self._pool = ThreadPoolExecutor(
@@ -159,13 +145,13 @@ class TierThread:
                 initializer=partial(_use_device, compute),
             )
 
-    def submit(self, work: Callable[[], Result]) -> Future[Result]:
-        """Queue `work`; raises the failure of earlier work."""
+    def submit(self, work: Callable[[], Result], kind: str = "other") -> Future[Result]:
+        """Queue `work`; raises the failure of earlier work. Its time counts as `kind`'s."""
         self.check()
         if self._pool is not None:
-            return self._pool.submit(self._run, work)
+            return self._pool.submit(self._run, work, kind)
         done: Future[Result] = Future()
-        done.set_result(self._run(work))
+        done.set_result(self._run(work, kind))
         return done
 
     def check(self) -> None:
@@ -182,14 +168,17 @@ class TierThread:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _run(self, work: Callable[[], Result]) -> Result:
+    def _run(self, work: Callable[[], Result], kind: str) -> Result:
         self.check()
+        start = time.perf_counter()
         try:
             with torch.no_grad():
                 return work()
         except BaseException as error:
             self.failure = error
             raise
+        finally:
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
 
 
 def _use_device(device: torch.device) -> None:

@@ -2,39 +2,50 @@
 
 A table lives outside the module's parameters. One optimizer step is, on every rank alike:
 
-    rows = table.fetch(ids_T)            # per micro-batch; rows.values_UW is a leaf
-    loss(rows).backward()                # fills rows.values_UW.grad
-    table.accumulate(rows)               # gradients travel to the owners and add up there
+    rows = table.fetch(ids_T)            # per micro-batch; rows.parts[k] is a leaf for layer k
+    table.prefetch(next_ids_T)           # the micro-batch after it, of this step or the next
+    loss(rows).backward()                # each layer's gradient leaves as soon as it is complete
+    table.accumulate(rows)               # the micro-batch is done
     norm = table.grad_sq_norm()          # once per step, for the global norm
     table.step(lr, clip_coefficient)     # or table.skip()
 
-All of these are collective calls and communicate on the calling thread only. Reading and stepping a
-host or nvme tier happens on the table's own thread, in the order of the calls: `step` returns while
-rows are still being written, and the next `fetch` waits for just that. `prefetch` reads the rows of
-a later batch meanwhile; rows that a step changes are read again before they are used, so the result
-never depends on whether or when something was prefetched.
+All of these are collective calls and communicate on the threads of forward and backward only, in
+program order. A row is worked on in L equal parts, its layers. Reading and stepping happens on the
+table's own thread, in the order of the calls: `step` returns at once; the update goes layer by
+layer from the first on and writes the fresh rows of the batch read ahead in the same pass, and the
+model waits for a layer only where it uses it. So an update runs beside the dense optimizer and the
+first layers of the next forward pass, and never changes what a fetch returns: rows as of the last
+step, always.
 
 Shapes: T tokens, U unique ids of the batch on this rank, N rows at their owner, V rows of the
-table, W columns.
+table, W columns of a row, L parts of w = W / L columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.rows import RowIndex
-from parallel.mesh import Mesh
+from kernels.rows_host import row_kernels
+from kernels.rows_step import Clock, Fields, RowKernels, Rule, TorchRows, Transport, tick
+from parallel.host_buffers import HostBuffers
+from parallel.mesh import Mesh, threads_per_rank
+from parallel.table_batch import DeviceBuffer, Gate, Parts, Staged
 from parallel.table_exchange import Exchange, Plan
+from parallel.table_gradient import BatchGradient, StepGradient
 from parallel.table_layout import RowLayout, TableConfig, TableError
-from parallel.table_optim import Fields, GradientSum, squared_norm, update_rows
-from parallel.table_prefetch import ReadAhead
+from parallel.table_snapshot import CHUNK_BYTES, TableSnapshot
 from parallel.table_state import OwnedRows
-from parallel.table_tiers import Tier, TierThread, open_memory_tier, step_rows
+from parallel.table_tiers import Tier, TierThread, open_memory_tier
+from parallel.tensor_file import TensorSource, TensorSpec
+
+log = logging.getLogger(__name__)
 
 STATE_CHUNK_BYTES = 256 * 2**20
 
@@ -43,16 +54,22 @@ class Rows(NamedTuple):
     """The rows of one micro-batch.
 
     Attributes:
-        values_UW: unique rows in transport type, a leaf that requires grad, on the mesh's device.
+        parts: L leaves [U, w] in transport type on the mesh's device, waited for as they are used.
         inverse_T: which row each token uses, int64 [T], on the mesh's device.
         lookup: the same with the tokens sorted by row; give this to `kernels.rows.gather_rows`.
-        plan: who owns which row, for `RowTable.accumulate`.
+        plan: who owns which row.
+        gradient: where the parts' gradients go.
     """
 
-    values_UW: Tensor
+    parts: Parts
     inverse_T: Tensor
     lookup: RowIndex
     plan: Plan
+    gradient: BatchGradient
+
+    def whole(self) -> Tensor:
+        """Return all parts side by side, [U, W]; a leaf where the row is one part."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(list(self.parts), dim=1)
 
 
 class RowTable:
@@ -68,6 +85,7 @@ class RowTable:
             id_bytes, row_bytes, grad_bytes (sent and received by this rank), prefetch_hits and
             prefetch_misses (rows read by fetches); and, since the start, what the nvme tier
             counts: cache_hits, cache_misses, disk_read_bytes, disk_write_bytes.
+        kernel: implementation that reads and steps rows, "compiled" or "torch".
     """
 
     def __init__(
@@ -90,7 +108,8 @@ class RowTable:
             mesh: rank, world and device.
             cfg: tier, optimizer and transport.
             dtype: the run's compute type.
-            groups: second moments per row of the row-wise optimizers (such as one per layer).
+            groups: L, equal parts of a row that travel and are stepped one after another; each has
+                a second moment of its own in the row-wise optimizers.
 
         Raises:
             TableError: the table does not fit its tier (on all ranks, before anything is
@@ -107,30 +126,53 @@ class RowTable:
         self.dtype = torch.float32 if cfg.transport == "fp32" else dtype
         self.stats: dict[str, int] = {}
         self._exchange = Exchange(name, rows, mesh)
+        self._kernels = self._choose_kernels()
+        self.kernel = self._kernels.name
         self._tier = self._open_tier()
         self._pinned = mesh.device.type == "cuda" and self._tier.device.type == "cpu"
         self._thread = TierThread(name, self._tier.device, mesh.device)
-        self._ahead = ReadAhead(self._tier, self._thread, self.dtype, pinned=self._pinned)
-        self._only_batch: Tensor | None = None
-        self._batches = 0
-        self._counts: dict[str, int] = {}
-        self._reset_step()
+        self.parts = groups
+        self._views = self._part_views()
+        self._stream: Any | None = None
+        self._buffer: DeviceBuffer | None = None
+        if self._pinned:
+            self._stream = torch.cuda.Stream(mesh.device)  # type: ignore[no-untyped-call]
+            self._buffer = DeviceBuffer(mesh.device)
+        shape = (groups, width // groups)
+        local = self._exchange.local_rows
+        self._gradient = StepGradient(
+            local, shape, self._tier.device, mesh.device, self._thread, self._kernels
+        )
+        self._ahead: Staged | None = None
+        self._fetched: list[Tensor] = []
+        self._open: list[Parts] = []
+        self._snapshot: TableSnapshot | None = None
+        self._reset_counts()
 
     def prefetch(self, ids_T: Tensor) -> None:
-        """Start reading the rows of a coming batch from the tiers. A collective call.
+        """Start reading the rows of the next micro-batch from the tier. A collective call.
 
-        The ids of a whole coming step may be given at once; its fetches then take their parts. At
-        most two batches are kept ahead, the oldest gives way.
+        Give exactly what the next `fetch` with gradients will get: another batch starts from the
+        beginning. One batch is kept ahead; a later one takes its place. Rows that the step under
+        way has fetched are left to its update, which writes them on.
 
         Raises:
             TableError: an id outside the table, or earlier work of the tier failed.
         """
-        plan, _ = self._exchange.plan(ids_T)
-        self._count_ids(plan)
-        self._ahead.start(plan.wanted_N.to(self._tier.device))
+        self._thread.check()
+        staged = self._ahead = self._stage(ids_T)
+        if self._tier.device.type != "cpu":
+            # Where the rows are in the device's memory, nothing is gained by reading early.
+            return
+        if self._fetched:
+            fetched = torch.cat(self._fetched)
+            staged.deferred_N = torch.isin(staged.wanted_N, fetched).nonzero()[:, 0]
+        self._read(staged, "read ahead")
 
     def fetch(self, ids_T: Tensor) -> Rows:
         """Return the rows of this rank's micro-batch, as of the last step. A collective call.
+
+        Without gradients (evaluation) a batch that was read ahead stays so.
 
         Args:
             ids_T: token ids, int64 [T], best on the host (a device is waited for).
@@ -138,58 +180,81 @@ class RowTable:
         Raises:
             TableError: an id outside the table, or earlier work of the tier failed.
         """
-        plan, index = self._exchange.plan(ids_T)
-        self._count_ids(plan)
-        rows_NW, hits = self._ahead.take(plan.wanted_N.to(self._tier.device))
-        values_UW = self._exchange.deliver(plan, rows_NW)
-        self._counts["prefetch_hits"] += hits
-        self._counts["prefetch_misses"] += rows_NW.shape[0] - hits
+        self._thread.check()
+        grad = torch.is_grad_enabled()
+        staged, hit = self._ahead, False
+        if staged is not None and grad and torch.equal(staged.ids_T, ids_T):
+            self._ahead, hit = None, staged.rows_LNw is not None
+            if staged.deferred_N.shape[0]:
+                self._read_deferred(staged)
+        else:
+            staged = self._stage(ids_T)
+        if staged.rows_LNw is None:
+            self._read(staged, "read")
+        plan = staged.plan
+        gradient = BatchGradient(
+            self._exchange, plan, (self.parts, self.width // self.parts), self._stream
+        )
+        add: Callable[[int], None] | None = None
+
+        def arrived(k: int, grad_Uw: Tensor) -> None:
+            nonlocal add
+            if add is None:
+                add = self._gradient.begin(gradient)
+            gradient.put(k, grad_Uw)
+            add(k)
+
+        parts = Parts(
+            staged,
+            self._exchange,
+            self._thread.check,
+            stream=self._stream,
+            buffer=self._buffer,
+            arrived=arrived if grad else None,
+        )
+        if grad:
+            self._fetched.append(staged.wanted_N)
+            self._open.append(parts)
+        wanted = staged.wanted_N.shape[0]
+        self._counts["prefetch_hits"] += wanted if hit else 0
+        self._counts["prefetch_misses"] += 0 if hit else wanted
         self._counts["unique_rows"] += plan.unique
         self._counts["row_bytes"] += self._moved(plan)
-        return Rows(values_UW.requires_grad_(), index.inverse_T, index, plan)
+        return Rows(parts, staged.index.inverse_T, staged.index, plan, gradient)
 
     @torch.no_grad()
     def accumulate(self, rows: Rows) -> None:
-        """Send the gradient of a micro-batch's rows to their owners. A collective call.
+        """End a micro-batch behind its backward pass. A collective call.
 
-        Takes `rows.values_UW.grad` away; no gradient counts as zero.
+        Its gradients have left already; parts without one count as zero, which must be the same
+        parts on every rank. The rows must not be used any more.
         """
-        grad_UW = rows.values_UW.grad
-        rows.values_UW.grad = None
-        if grad_UW is None:
-            grad_UW = torch.zeros_like(rows.values_UW)
-        grad_NW = self._exchange.collect(rows.plan, grad_UW)
+        for k in rows.gradient.missing:
+            part = rows.parts[k]
+            arrived = rows.parts.arrived
+            if arrived is None:
+                raise TableError(
+                    f"table {self.name!r}: accumulate of rows that were fetched without gradients"
+                )
+            arrived(k, torch.zeros_like(part))
         self._counts["grad_bytes"] += self._moved(rows.plan)
-        total, index_N = self._gradient, rows.plan.wanted_N.to(self._tier.device)
-        self._only_batch = grad_NW if self._batches == 0 else None
-        self._batches += 1
-        if not self._pinned:
-            self._thread.submit(lambda: total.add(index_N, grad_NW))
-            return
-        host_NW = torch.empty(grad_NW.shape, dtype=grad_NW.dtype, pin_memory=True)
-        host_NW.copy_(grad_NW, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
-
-        def add() -> None:
-            copied.synchronize()
-            total.add(index_N, host_NW)
-
-        self._thread.submit(add)
+        rows.parts.release()
+        if rows.parts in self._open:
+            self._open.remove(rows.parts)
 
     @torch.no_grad()
     def grad_sq_norm(self) -> Tensor:
-        """Return the squared norm of this step's gradient over all ranks, fp64 0-dim on the host.
+        """Return the squared norm of this step's gradient over all ranks, fp64 0-dim.
 
         Alike on all ranks. A collective call.
         """
         self._require_gradient("grad_sq_norm")
-        if self._only_batch is not None:
-            local = squared_norm(self._only_batch)
-        else:
-            total = self._gradient
-            local = self._thread.submit(lambda: squared_norm(total.grad_NW)).result()
-        return self._exchange.add_up(local)
+        return self._exchange.add_up(self._gradient.squared_norm())
+
+    def step_numbers(self) -> dict[str, int]:
+        """Return what `stats` will be behind this step, on this rank."""
+        touched = self._gradient.touched if self._gradient.batches else 0
+        return {**self._counts, "owned_rows": touched, **self._tier.stats}
 
     def step(self, lr: float, clip_coefficient: float | Tensor = 1.0) -> None:
         """Step the rows that this step's micro-batches touched, and no others.
@@ -199,23 +264,67 @@ class RowTable:
             clip_coefficient: factor on all gradients, of the global norm's clipping.
         """
         self._require_gradient("step")
-        total, clip, cfg = self._gradient, float(clip_coefficient), self.cfg
-        table_lr = lr * cfg.lr_multiplier
-        refresh = self._ahead.refresher(total)
-
-        def update(fields: Fields, grad_NW: Tensor) -> None:
-            update_rows(cfg, fields, grad_NW if clip == 1.0 else grad_NW * clip, table_lr)
-
-        def work() -> None:
-            step_rows(self._tier, total.index_N, total.grad_NW, update)
-            refresh()
-
-        self._ahead.wait_for(self._thread.submit(work))
+        cfg = self.cfg
+        rule = Rule(
+            cfg.optimizer,
+            cfg.betas,
+            cfg.eps,
+            cfg.weight_decay,
+            lr * cfg.lr_multiplier,
+            float(clip_coefficient),
+        )
+        rows_P, part_of = self._gradient.rows()
+        ahead = self._ahead
+        if ahead is not None and ahead.rows_LNw is not None:
+            ahead.gate = Gate()
+        else:
+            ahead = None
+        if self._snapshot is not None:
+            self._snapshot.wait_for_room()
+        self._thread.submit(
+            partial(self._update, rule, rows_P, part_of, ahead, self._snapshot), "update"
+        )
         self._finish_step()
 
     def skip(self) -> None:
         """Drop this step's gradients; the rows stay as they are."""
+        if self._ahead is not None and self._ahead.deferred_N.shape[0]:
+            self._read_deferred(self._ahead)
+        self._gradient.clear()
         self._finish_step()
+
+    def snapshot(self, buffers: HostBuffers | None, chunk_bytes: int = CHUNK_BYTES) -> TensorSource:
+        """Return this rank's rows as of the last step, to be written while training goes on.
+
+        Rows of a host or nvme tier are read chunk by chunk beside the steps, without a second copy
+        of the table (see `table_snapshot`). One snapshot at a time: close it before the next.
+
+        Args:
+            buffers: take a copy of a device tier's rows; with None these must be read before the
+                next step, as the source says.
+            chunk_bytes: size of the pieces, about.
+
+        Returns:
+            Tensors "CHUNK/ids" int64 [n] and "CHUNK/FIELD" fp32 [n, width].
+
+        Raises:
+            TableError: earlier work of the tier failed, or a snapshot is still being read.
+        """
+        if self._snapshot is not None and not self._snapshot.finished:
+            raise TableError(f"table {self.name!r}: the snapshot before is still being read")
+        mesh, rows = self.mesh, self._exchange.local_rows
+        if self._tier.device.type == "cpu":
+            self._thread.check()
+            # Its reads queue behind the updates under way, and those to come know of it.
+            self._snapshot = TableSnapshot(self._tier, self._thread, rows, chunk_bytes)
+            return self._snapshot.source(mesh.rank, mesh.world)
+        fields = self._tier.views() or {}
+        if buffers is not None:
+            fields = {n: buffers.copy(f"{self.name}/{n}", field) for n, field in fields.items()}
+        ids = torch.arange(rows) * mesh.world + mesh.rank
+        tensors = {"000000/ids": ids, **{f"000000/{n}": field for n, field in fields.items()}}
+        specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+        return TensorSource(specs, lambda: iter(tensors.values()), in_memory=buffers is not None)
 
     def state_chunks(self, chunk_bytes: int = STATE_CHUNK_BYTES) -> Iterator[dict[str, Tensor]]:
         """Yield this rank's rows in pieces of about `chunk_bytes`, each with its row ids.
@@ -255,14 +364,20 @@ class RowTable:
                 missing at the end.
         """
         self._thread.drain()
-        self._ahead.clear()
-        self._reset_step()
+        self._ahead = None
+        self._gradient.clear()
+        self._finish_step()
         owned = OwnedRows(self.name, self.rows, self.mesh, self.layout)
         for shard in shards:
             local_N, fields = owned.of(shard)
             index_N = local_N.to(self._tier.device)
             self._thread.submit(partial(self._tier.poke, index_N, fields)).result()
         owned.require_all()
+
+    @property
+    def busy_seconds(self) -> dict[str, float]:
+        """Seconds that the table's own thread has worked since the start, by kind of work."""
+        return dict(self._thread.seconds)
 
     def flush(self) -> None:
         """Wait for all reads and updates under way; raises what failed among them."""
@@ -277,7 +392,7 @@ class RowTable:
         if self.cfg.tier == "nvme":
             from parallel.table_nvme import open_nvme_tier
 
-            return open_nvme_tier(self._exchange, self.layout, self.cfg)
+            return open_nvme_tier(self._exchange, self.layout, self.cfg, self._kernels)
         device = self.mesh.device if self.cfg.tier == "device" else torch.device("cpu")
         return open_memory_tier(self._exchange, self.layout, device)
 
@@ -296,16 +411,134 @@ class RowTable:
 
     def _require_gradient(self, call: str) -> None:
         self._thread.check()
-        if self._batches == 0:
+        if self._gradient.batches == 0:
             raise TableError(
                 f"table {self.name!r}: {call} without a gradient; call accumulate(rows) after "
                 "every backward"
             )
 
-    def _reset_step(self) -> None:
-        self._gradient = GradientSum(self.width, self._tier.device)
-        self._only_batch = None
-        self._batches = 0
+    def _choose_kernels(self) -> RowKernels:
+        choice = self.cfg.kernel
+        if self.cfg.tier == "device" and self.mesh.device.type != "cpu":
+            return TorchRows()
+        if choice == "auto":
+            choice = "compiled" if self.mesh.device.type == "cuda" else "torch"
+        share = threads_per_rank(self.mesh.local_world)
+        # The thread that launches kernels and the one of the backward pass keep a core each.
+        threads = self.cfg.threads or max(1, share - 2 if share > 4 else share)
+        kernels = row_kernels(choice, threads)
+        if self.mesh.is_first:
+            log.info("table %r: %s row kernels, %d threads", self.name, kernels.name, threads)
+        return kernels
+
+    def _part_views(self) -> list[Fields]:
+        """Return the slot views of each part's weights and optimizer state."""
+        fields, w = self._tier.fields, self.width // self.parts
+        names = list(self.layout.widths)
+        first, second = ("weight", names[1]) if len(names) == 2 else (names[1], names[2])
+
+        def columns(name: str, k: int) -> Tensor:
+            size = w if self.layout.widths[name] == self.width else 1
+            return fields[name][:, k * size : (k + 1) * size]
+
+        return [
+            Fields(columns("weight", k), columns(first, k), columns(second, k))
+            for k in range(self.parts)
+        ]
+
+    def _stage(self, ids_T: Tensor) -> Staged:
+        plan, index = self._exchange.plan(ids_T)
+        self._count_ids(plan)
+        return Staged(ids_T, plan, index, plan.wanted_N.to(self._tier.device))
+
+    def _read(self, staged: Staged, kind: str) -> None:
+        """Have all rows of a batch read but those deferred."""
+        wanted = staged.wanted_N.shape[0]
+        rows = staged.rows_LNw = torch.empty(
+            (self.parts, wanted, self.width // self.parts),
+            dtype=self.dtype,
+            device=self._tier.device,
+            pin_memory=self._pinned,
+        )
+        places_N = None
+        if staged.deferred_N.shape[0]:
+            kept = torch.ones(wanted, dtype=torch.bool, device=rows.device)
+            kept[staged.deferred_N] = False
+            places_N = kept.nonzero()[:, 0]
+        # Rows of the step under way must not leave a cache for those of the next.
+        held_N = torch.cat(self._fetched) if self._fetched else None
+        self._thread.submit(partial(self._gather, staged, places_N, staged.gate, held_N), kind)
+
+    def _read_deferred(self, staged: Staged) -> None:
+        """Have the deferred rows read now, as no update will write them."""
+        places_N, staged.deferred_N = staged.deferred_N, staged.deferred_N[:0]
+        gate = staged.gate = Gate()
+        self._thread.submit(partial(self._gather, staged, places_N, gate), "read")
+
+    def _gather(
+        self,
+        staged: Staged,
+        places_N: Tensor | None,
+        gate: Gate | None,
+        held_N: Tensor | None = None,
+    ) -> None:
+        """Read rows at `places_N` of a batch (None is all); on the tier's thread."""
+        rows_LNw = staged.rows_LNw
+        assert rows_LNw is not None
+        wanted_N = staged.wanted_N if places_N is None else staged.wanted_N[places_N]
+        for at in range(0, wanted_N.shape[0], self._tier.chunk_rows):
+            part = slice(at, at + self._tier.chunk_rows)
+            last = part.stop >= wanted_N.shape[0]
+            slots_N = self._tier.slots(wanted_N[part], write=False, held_N=held_N)
+            places = None if places_N is None else places_N[part]
+            for k, view in enumerate(self._views):
+                # Without places the rows of a chunk lie side by side.
+                out = rows_LNw[k][part] if places is None else rows_LNw[k]
+                self._kernels.gather(view.weight_Sw, slots_N, out, places)
+                if last and gate is not None:
+                    gate.post(k + 1)
+        if gate is not None:
+            gate.post(self.parts)
+
+    def _update(
+        self,
+        rule: Rule,
+        rows_P: Tensor,
+        part_of: Callable[[int], Tensor],
+        ahead: Staged | None,
+        snapshot: TableSnapshot | None,
+    ) -> None:
+        """Step rows part by part and write on what the batch ahead needs; on the tier's thread."""
+        if snapshot is not None:
+            snapshot.before_update(rows_P.sort().values)
+        places_P: Tensor | None = None
+        if ahead is not None:
+            places_P = ahead.places_of(rows_P)
+            written = torch.zeros_like(ahead.wanted_N, dtype=torch.bool)
+            written[places_P[places_P >= 0]] = True
+            left = ahead.deferred_N[~written[ahead.deferred_N]]
+            ahead.deferred_N = ahead.deferred_N[:0]
+            if left.shape[0]:
+                self._gather(ahead, left, None)
+        for at in range(0, rows_P.shape[0], self._tier.chunk_rows):
+            part = slice(at, at + self._tier.chunk_rows)
+            last = part.stop >= rows_P.shape[0]
+            slots = self._tier.slots(rows_P[part], write=True)
+            clock = Clock(torch.empty(0), torch.empty(0))
+            if "steps" in self._tier.fields:
+                clock = tick(rule, self._tier.fields["steps"], slots)
+            for k, view in enumerate(self._views):
+                out = None
+                if ahead is not None and ahead.rows_LNw is not None and places_P is not None:
+                    out = Transport(ahead.rows_LNw[k], places_P[part])
+                grad = part_of(k)[part]
+                self._kernels.step(rule, slots, view, clock, grad, None, out)
+                if last and ahead is not None:
+                    ahead.gate.post(k + 1)
+        if ahead is not None:
+            ahead.gate.post(self.parts)
+
+    def _reset_counts(self) -> None:
         self._counts = dict.fromkeys(
             (
                 "unique_rows",
@@ -319,6 +552,10 @@ class RowTable:
         )
 
     def _finish_step(self) -> None:
-        self._ahead.end_step()
-        self.stats = {**self._counts, **self._tier.stats}
-        self._reset_step()
+        for parts in self._open:
+            parts.release()
+        self._open.clear()
+        self._fetched.clear()
+        self.stats = self.step_numbers()
+        self._gradient.clear()
+        self._reset_counts()

@@ -129,6 +129,10 @@ def build_partitioned(
     Weights are drawn in fp32 from the global generator, and rank 0's are broadcast, so they do not
     depend on the world size. Then parameters take the compute type; buffers keep theirs.
 
+    A module class with the attribute `gathered_whole = True` has its parameters, and those of all
+    modules inside it, gathered and released together, once per forward and backward: DeepSpeed's
+    hooks cost the host as much as a small kernel per module, so a block should have them once.
+
     Raises:
         EngineError: a parameter is frozen, 0-dimensional or too large for the swap buffers.
     """
@@ -167,6 +171,9 @@ def build_partitioned(
     init._post_init_method = cast_and_partition
     with init:
         module = build_model()
+    for child in module.modules():
+        if getattr(child, "gathered_whole", False):
+            deepspeed.utils.set_z3_leaf_module(child, True)
     # Buffers that a constructor did not build through torch's factories are still on the host.
     for buffer in module.buffers():
         buffer.data = buffer.data.to(mesh.device)

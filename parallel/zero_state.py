@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.host_buffers import HostBuffers
+from parallel.tensor_file import TensorSource, TensorSpec, joined
 from parallel.zero_setup import EngineError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -100,6 +102,10 @@ class _Piece:
     def of(self, flat: Tensor) -> Tensor:
         return flat.narrow(0, self.offset, self.stop - self.start)
 
+    def of_or_zero(self, flat: Tensor | None) -> Tensor:
+        """Return the piece, zero where the optimizer has not made a moment yet."""
+        return torch.zeros(self.stop - self.start) if flat is None else self.of(flat)
+
 
 class DenseState:
     """The partitions of one rank inside DeepSpeed's ZeRO-3 optimizer, for every offload mode."""
@@ -124,38 +130,81 @@ class DenseState:
                 offset += p.partition_numel()
             self.groups.append(pieces)
 
-    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copy this rank's partitions and the buffers to host memory.
+    def snapshot(self, buffers: HostBuffers | None) -> tuple[TensorSource, dict[str, Any]]:
+        """Return this rank's partitions and the buffers as of now.
+
+        Args:
+            buffers: take copies of everything; with None the source gives the live state, which
+                must be read before the next step (and is swapped in piece by piece).
 
         Returns:
             Tensors by key (fp32, flat; buffers as they are), and a JSON-able meta: world, rank,
             {parameter: shape, steps} and the buffers' names.
         """
-        tensors: dict[str, Tensor] = {}
-        parameters: dict[str, dict[str, Any]] = {}
+        specs, parameters = {}, {}
         for index, pieces in enumerate(self.groups):
-            with self._resident(index, write=False) as flat:
-                state = self.zero.optimizer.state.get(flat, {})
-                steps = int(state.get("step", 0))
-                for piece in pieces:
-                    sources = {"fp32": flat.data, **{m: state.get(m) for m in MOMENTS}}
-                    for kind, source in sources.items():
-                        tensors[f"{kind}/{piece.name}"] = (
-                            torch.zeros(piece.stop - piece.start)
-                            if source is None
-                            else piece.of(source).detach().to("cpu", copy=True)
-                        )
-                    parameters[piece.name] = {"shape": list(piece.shape), "steps": steps}
-        buffers = dict(_persistent_buffers(self.module))
-        for name, buffer in buffers.items():
-            tensors[f"buffer/{name}"] = buffer.detach().to("cpu", copy=True).contiguous()
+            steps = self._steps(index)
+            for piece in pieces:
+                for kind in KINDS:
+                    size = piece.stop - piece.start
+                    specs[f"{kind}/{piece.name}"] = TensorSpec(torch.float32, (size,))
+                parameters[piece.name] = {"shape": list(piece.shape), "steps": steps}
+        persistent = {f"buffer/{n}": b for n, b in _persistent_buffers(self.module)}
         meta = {
             "world": self.world,
             "rank": self.rank,
             "parameters": dict(sorted(parameters.items())),
-            "buffers": sorted(buffers),
+            "buffers": sorted(name.removeprefix("buffer/") for name in persistent),
         }
-        return tensors, meta
+        if buffers is None:
+            live = TensorSource(specs, self._live, in_memory=False)
+            return joined([TensorSource.of(persistent), live]), meta
+        copies = {name: buffers.copy(name, buffer) for name, buffer in persistent.items()}
+        flats: list[dict[str, Tensor | None]] = []
+        for index in range(len(self.groups)):
+            with self._resident(index, write=False) as flat:
+                state = self.zero.optimizer.state.get(flat, {})
+                sources = {"fp32": flat.data, **{m: state.get(m) for m in MOMENTS}}
+                flats.append(
+                    {
+                        kind: None if t is None else buffers.copy(f"{kind}/{index}", t)
+                        for kind, t in sources.items()
+                    }
+                )
+                # Swapped-in memory is another sub-group's next.
+                buffers.wait()
+        copied = TensorSource(
+            specs,
+            lambda: (
+                piece.of_or_zero(flat[kind])
+                for flat, pieces in zip(flats, self.groups, strict=True)
+                for piece in pieces
+                for kind in KINDS
+            ),
+        )
+        return joined([TensorSource.of(copies), copied]), meta
+
+    def _live(self) -> Iterator[Tensor]:
+        for index, pieces in enumerate(self.groups):
+            with self._resident(index, write=False) as flat:
+                state = self.zero.optimizer.state.get(flat, {})
+                sources = {"fp32": flat.data, **{m: state.get(m) for m in MOMENTS}}
+                for piece in pieces:
+                    yield from (piece.of_or_zero(sources[kind]) for kind in KINDS)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a snapshot's partitions."""
+        return sum(
+            len(KINDS) * 4 * (piece.stop - piece.start)
+            for pieces in self.groups
+            for piece in pieces
+        )
+
+    def _steps(self, index: int) -> int:
+        """Return the optimizer steps of a sub-group, without swapping anything in."""
+        state = self.zero.optimizer.state.get(self.zero.fp32_partitioned_groups_flat[index], {})
+        return int(state.get("step", 0))
 
     def restore(
         self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shards: Shards | None
@@ -213,11 +262,13 @@ class DenseState:
         swapped = zero._swappable_optimizer_subgroup(index)
         if swapped:
             zero._optimizer_states_and_gradient_swap_in(index)
-        yield zero.fp32_partitioned_groups_flat[index]
-        if swapped and write:
-            zero._optimizer_states_and_gradient_swap_out(index)
-        elif swapped:
-            zero._release_swap_buffers(index)
+        try:
+            yield zero.fp32_partitioned_groups_flat[index]
+            if swapped and write:
+                zero._optimizer_states_and_gradient_swap_out(index)
+        finally:
+            if swapped and not write:
+                zero._release_swap_buffers(index)
 
     def _moments(self, flat: Tensor, steps: int) -> dict[str, Tensor]:
         """Return the moments of a sub-group, made if it was never stepped, with the step set."""

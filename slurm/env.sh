@@ -104,7 +104,10 @@ tiny_onn_env() {
     *) tiny_onn_say "env.sh: unknown argument '$argument'; it takes --test"; return 2 ;;
     esac
   done
-  if [[ -n ${TINY_ONN_PYTHON:-} ]]; then
+  if [[ -n ${TINY_ONN_CONTAINER:-} && -n ${SLURM_JOB_ID:-} ]]; then
+    # In the container, which this script does not run in; it brings its own packages.
+    PYTHON=${TINY_ONN_PYTHON:-python3}
+  elif [[ -n ${TINY_ONN_PYTHON:-} ]]; then
     if ! PYTHON=$(command -v "$TINY_ONN_PYTHON"); then
       tiny_onn_say "TINY_ONN_PYTHON=$TINY_ONN_PYTHON: no such program"
       return 1

@@ -30,7 +30,16 @@ if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
 "$python" -m pytest -m gpu "${tests[@]}" "${workers[@]}" -q -rA --durations=10 --junitxml="$results/tests.xml" \
   >"$results/tests.log" 2>&1 || status=1
 tail -n 25 "$results/tests.log"
-"$python" -m kernels.nsa.bench --check --json "$results/attention.json" 2>&1 |
-  tee "$results/attention.txt" || status=1
+# What each of them prints and measures: tiny-onn bench NAME --help.
+for bench in attention experts tables; do
+  "$python" -m launcher bench $bench --check --json "$results/$bench.json" 2>&1 |
+    tee "$results/$bench.txt" || status=1
+done
+# A whole step, by part, on real text.
+"$python" -m launcher data build --input stdlib --out "$results/corpus" --vocab_size 32768 --seq_len 4096 \
+  >"$results/corpus.log" 2>&1 || status=1
+"$python" -m launcher bench train launcher/configs/125m.yaml --json "$results/train.json" --trace "$results" \
+  --train.global_batch 8 --train.micro_batch 4 --data.path "$results/corpus" 2>&1 |
+  tee "$results/train.txt" || status=1
 echo "gpu.sh: results in $results, exit $status"
 exit $status

@@ -19,7 +19,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kernels.rows import RowIndex, gather_rows, row_index, split_layers, unique_ids
+from kernels.rows import (
+    RowIndex,
+    gather_rows,
+    modulate,
+    row_index,
+    split_layers,
+    unique_ids,
+)
 from parallel.table_layout import TableConfig
 
 __all__ = ["DeepEmbedConfig", "DeepEmbedScale", "DeepEmbedTable", "split_layers"]
@@ -71,14 +78,18 @@ class DeepEmbedScale(nn.Module):
         """
         return gather_rows(self._columns(values_UW), index) + 1.0
 
-    def modulate(self, x_TW: Tensor, values_UW: Tensor, index: Tensor | RowIndex) -> Tensor:
-        """Return x * (1 + delta), [T, W] in the type of `x_TW`.
+    def modulate(
+        self,
+        x_TW: Tensor,
+        values_UW: Tensor,
+        index: Tensor | RowIndex,
+        residual_TW: Tensor | None = None,
+    ) -> Tensor:
+        """Return residual + x * (1 + delta), [T, W] in the type of `x_TW`.
 
-        Computed as x + x * delta with one rounding: in bf16 1 + delta itself would lose every
-        delta below 1/256.
+        As x + x * delta: in bf16 1 + delta itself would lose every delta below 1/256.
         """
-        delta_TW = gather_rows(self._columns(values_UW), index).to(x_TW.dtype)
-        return torch.addcmul(x_TW, x_TW, delta_TW)
+        return modulate(x_TW, self._columns(values_UW), index, residual_TW)
 
     def _columns(self, values_UW: Tensor) -> Tensor:
         if values_UW.shape[1] == self.width:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kernels.rows import RowIndex
 
-RowsOf = Callable[[Tensor], tuple[Tensor | None, RowIndex | None]]
-"""ids_T -> (values_UW, index): the DeepEmbed rows of some tokens."""
+RowsOf = Callable[[Tensor], tuple[Sequence[Tensor] | None, RowIndex | None]]
+"""ids_T -> (layers, index): the DeepEmbed rows of some tokens, [U, W] of every layer."""
 
 
 @dataclass
@@ -78,8 +78,8 @@ def generate(
     while new < max_new:
         for token in pending:
             ids = torch.tensor([token])
-            values, index = rows(ids) if rows is not None else (None, None)
-            logits = forward(ids.to(device), None, None, one, values, index, caches)
+            layers, index = rows(ids) if rows is not None else (None, None)
+            logits = forward(ids.to(device), None, None, one, layers, index, caches)
         token = draw(logits[-1], sampling, generator)
         if token == end:
             return

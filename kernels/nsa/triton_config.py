@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import triton
 
@@ -12,12 +13,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}
 
 @dataclass(frozen=True)
 class TileConfig:
-    """BM rows of queries by BN keys, warps per program, software pipeline stages."""
+    """BM rows of queries by BN keys, warps per program, software pipeline stages.
+
+    With `gluon` the kernel is the one in Gluon where that takes the call: `warps` is then fixed by
+    the kernel, and Triton's kernel takes the other calls with the same tile.
+    """
 
     BM: int
     BN: int
     warps: int
     stages: int
+    gluon: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ _INTERPRETER = KernelConfigs(
 )
 
 
+@cache
 def pow2(n: int) -> int:
     """Smallest power of two that is at least n and at least 16, the narrowest side of a tl.dot."""
     return max(16, int(triton.next_power_of_2(n)))

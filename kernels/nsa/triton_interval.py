@@ -114,6 +114,60 @@ def tile_range(low_ptr, high_ptr, first, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def attend_interval(
+    q,
+    k_src,
+    v_src,
+    low_ptr,
+    high_ptr,
+    first,
+    last,
+    group,
+    scale_log2,
+    stride_kn,
+    stride_kg,
+    stride_vn,
+    stride_vg,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Return o [BM, BDV] in fp32 and the base-2 log-sum-exp [BM] of the rows [first, last]."""
+    rows = first + tl.arange(0, BM)
+    inside = rows <= last
+    low = tl.load(low_ptr + rows, mask=inside, other=0)
+    high = tl.load(high_ptr + rows, mask=inside, other=0)
+    start, stop, full_low, full_high = tile_range(low_ptr, high_ptr, first, last, BN)
+    k_column = column_of(group, stride_kg, D, TMA)
+    v_column = column_of(group, stride_vg, DV, TMA)
+    acc = tl.zeros((BM, BDV), tl.float32)
+    # Finite, so that a row that sees nothing never computes inf - inf.
+    high_water = tl.full((BM,), -1e30, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for n0 in range(full_low, full_high, BN):
+        acc, high_water, total = _forward_step(
+            acc, high_water, total, q, k_src, v_src, k_column, v_column, n0, low, high, stop,
+            scale_log2, stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, False,
+        )  # fmt: skip
+    before = (full_low - start) // BN
+    after = tl.cdiv(tl.maximum(stop - full_high, 0), BN)
+    for i in range(0, before + after):
+        n0 = tl.where(i < before, start + i * BN, full_high + (i - before) * BN)
+        acc, high_water, total = _forward_step(
+            acc, high_water, total, q, k_src, v_src, k_column, v_column, n0, low, high, stop,
+            scale_log2, stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, True,
+        )  # fmt: skip
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    lse = tl.where(some, high_water + tl.log2(safe), 0.0)
+    return acc * (1.0 / safe)[:, None], lse
+
+
+@triton.jit
 def interval_forward_kernel(
     q_ptr,
     k_src,
@@ -143,15 +197,11 @@ def interval_forward_kernel(
 ):
     """o[t, h] = softmax(q k) v over [low_t, high_t); 0 and a log-sum-exp of 0 where it is empty."""
     head = tl.program_id(0)
-    group = head // HG
     # Later tiles see more compressed slots: the heavy ones go first.
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     last = tl.minimum(first + BM, T) - 1
     rows = first + tl.arange(0, BM)
     inside = rows < T
-    low = tl.load(low_ptr + rows, mask=inside, other=0)
-    high = tl.load(high_ptr + rows, mask=inside, other=0)
-    start, stop, full_low, full_high = tile_range(low_ptr, high_ptr, first, last, BN)
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
     q = tl.load(
@@ -159,33 +209,14 @@ def interval_forward_kernel(
         mask=inside[:, None] & (d < D)[None, :],
         other=0.0,
     )
-    k_column = column_of(group, stride_kg, D, TMA)
-    v_column = column_of(group, stride_vg, DV, TMA)
-    acc = tl.zeros((BM, BDV), tl.float32)
-    # Finite, so that a row that sees nothing never computes inf - inf.
-    high_water = tl.full((BM,), -1e30, tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    for n0 in range(full_low, full_high, BN):
-        acc, high_water, total = _forward_step(
-            acc, high_water, total, q, k_src, v_src, k_column, v_column, n0, low, high, stop,
-            scale_log2, stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, False,
-        )  # fmt: skip
-    before = (full_low - start) // BN
-    after = tl.cdiv(tl.maximum(stop - full_high, 0), BN)
-    for i in range(0, before + after):
-        n0 = tl.where(i < before, start + i * BN, full_high + (i - before) * BN)
-        acc, high_water, total = _forward_step(
-            acc, high_water, total, q, k_src, v_src, k_column, v_column, n0, low, high, stop,
-            scale_log2, stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, True,
-        )  # fmt: skip
-    some = total > 0
-    safe = tl.where(some, total, 1.0)
-    acc = acc * (1.0 / safe)[:, None]
-    lse = tl.where(some, high_water + tl.log2(safe), 0.0)
+    o, lse = attend_interval(
+        q, k_src, v_src, low_ptr, high_ptr, first, last, head // HG, scale_log2,
+        stride_kn, stride_kg, stride_vn, stride_vg, D, DV, BD, BDV, BM, BN, TMA,
+    )  # fmt: skip
     tl.store(lse_ptr + head.to(tl.int64) * T + rows, lse, mask=inside)
     tl.store(
         o_ptr + rows.to(tl.int64)[:, None] * stride_ot + head * stride_oh + dv[None, :],
-        acc.to(o_ptr.dtype.element_ty),
+        o.to(o_ptr.dtype.element_ty),
         mask=inside[:, None] & (dv < DV)[None, :],
     )
 
@@ -210,6 +241,19 @@ def tile_sources(rows: int, *tensors: Tensor) -> tuple[list[Any], bool]:
     return ([source for source, _ in sources] if every else list(tensors)), every
 
 
+def gluon_takes(*tensors: Tensor) -> bool:
+    """Tell whether the copy engine takes all of these; rows of [N, G, D] are 64 or 128 wide."""
+    return all(
+        x.data_ptr() % 16 == 0
+        and (
+            x.is_contiguous()
+            if x.ndim == 2
+            else x.shape[2] in {64, 128} and x.stride(1) == x.shape[2] and x.stride(0) % 16 == 0
+        )
+        for x in tensors
+    )
+
+
 def interval_forward(
     q_THD: Tensor,
     k_NGD: Tensor,
@@ -224,6 +268,11 @@ def interval_forward(
     T, H, D = q_THD.shape
     G, DV = v_NGD.shape[1:]
     o = q_THD.new_empty(T, H, DV)
+    if config.gluon and gluon_takes(q_THD, k_NGD, v_NGD):
+        from kernels.nsa.gluon_interval import launch
+
+        launch(q_THD, k_NGD, v_NGD, o, low_T, high_T, lse_HT, scale, config.BN, config.stages)
+        return o
     (k, v), tma = tile_sources(config.BN, k_NGD, v_NGD)
     interval_forward_kernel[(H, triton.cdiv(T, config.BM))](
         q_THD,

@@ -11,7 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.nsa.triton_config import TileConfig, pow2
-from kernels.nsa.triton_interval import LOG2_E, column_of, load_tile, tile_range, tile_sources
+from kernels.nsa.triton_interval import (
+    LOG2_E,
+    column_of,
+    gluon_takes,
+    load_tile,
+    tile_range,
+    tile_sources,
+)
 
 
 @triton.jit
@@ -189,6 +196,14 @@ def interval_grad_kv(
     dtype = torch.float32 if splits > 1 else k_NGD.dtype
     dk = torch.empty(splits, NK, G, D, dtype=dtype, device=q_THD.device)
     dv = torch.empty(splits, NK, G, DV, dtype=dtype, device=q_THD.device)
+    if config.gluon and gluon_takes(q_THD, k_NGD, v_NGD, do_THD, lse_HT, delta_HT):
+        from kernels.nsa.gluon_interval_grad_kv import launch
+
+        launch(
+            q_THD, k_NGD, v_NGD, do_THD, lse_HT, delta_HT, dk, dv, low_N, high_N, scale,
+            splits, config.stages,
+        )  # fmt: skip
+        return (dk[0], dv[0]) if splits == 1 else (dk.sum(0), dv.sum(0))
     (q, do), tma = tile_sources(config.BM, q_THD, do_THD)
     interval_grad_kv_kernel[(G * splits, triton.cdiv(NK, config.BN))](
         q,

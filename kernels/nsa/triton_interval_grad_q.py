@@ -1,4 +1,8 @@
-"""Gradient of the queries through the compressed and the sliding branch, in one pass over both."""
+"""Gradient of the queries: the compressed and the sliding branch, and the selected partials.
+
+Reading the partials is bound by memory and the rest by arithmetic, so one kernel does both: while
+one program reads, its neighbours on the same multiprocessor multiply.
+"""
 
 # Arguments of @triton.jit functions have no Python types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -109,10 +113,42 @@ def _dq_branch(
 
 
 @triton.jit
+def _sum_partials(
+    part_ptr,
+    selected_ptr,
+    rows,
+    inside,
+    token0,
+    group,
+    head,
+    G: tl.constexpr,
+    HG: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Sum of the partial dq of the rows' selected blocks, in slot order."""
+    pair = ((rows - token0) * G + group).to(tl.int64)
+    chosen_at = selected_ptr + (rows.to(tl.int64) * G + group) * K
+    d = tl.arange(0, BD)
+    part_at = part_ptr + (pair * (K * HG) + head % HG)[:, None] * D + d[None, :]
+    acc = tl.zeros((BM, BD), tl.float32)
+    for i in tl.range(K, loop_unroll_factor=4):
+        some = inside & (tl.load(chosen_at + i, mask=inside, other=-1) >= 0)
+        mask = some[:, None] & (d < D)[None, :]
+        acc += tl.load(part_at + i * (HG * D), mask=mask, other=0.0).to(tl.float32)
+    return acc
+
+
+# Sizes that change with every pack of documents must not each compile a kernel anew.
+@triton.jit(do_not_specialize=("token0", "token_end"))
 def interval_grad_q_kernel(
     q_ptr,
     do_ptr,
     dq_ptr,
+    part_ptr,
+    selected_ptr,
     k1_src,
     v1_src,
     k2_src,
@@ -126,7 +162,8 @@ def interval_grad_q_kernel(
     scale,
     scale_log2,
     T,
-    H,
+    token0,
+    token_end,
     stride_qt,
     stride_qh,
     stride_dt,
@@ -139,7 +176,9 @@ def interval_grad_q_kernel(
     stride_k2g,
     stride_v2n,
     stride_v2g,
+    G: tl.constexpr,
     HG: tl.constexpr,
+    K: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
@@ -148,18 +187,19 @@ def interval_grad_q_kernel(
     BN: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
-    ADD: tl.constexpr,
+    PARTIALS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """dq[t, h] of the compressed (FIRST) and the sliding (SECOND) branch, plus what dq held (ADD).
+    """dq[t, h] of the compressed (FIRST), sliding (SECOND) and selected (PARTIALS) branch.
 
-    Both share one accumulator: q and do are read once and dq is rounded once.
+    They share one sum: q and do are read once and dq is rounded once.
     """
     head = tl.program_id(0)
-    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
-    last = tl.minimum(first + BM, T) - 1
+    # Later tiles see more compressed slots: the heavy ones go first.
+    first = token0 + (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
+    last = tl.minimum(first + BM, token_end) - 1
     rows = first + tl.arange(0, BM)
-    inside = rows < T
+    inside = rows <= last
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
     q_mask = inside[:, None] & (d < D)[None, :]
@@ -170,7 +210,13 @@ def interval_grad_q_kernel(
         mask=inside[:, None] & (dv < DV)[None, :],
         other=0.0,
     )
-    acc = tl.zeros((BM, BD), tl.float32)
+    # Before the other branches: while they multiply, the registers are theirs.
+    if PARTIALS:
+        acc = _sum_partials(
+            part_ptr, selected_ptr, rows, inside, token0, head // HG, head, G, HG, K, D, BD, BM
+        )
+    else:
+        acc = tl.zeros((BM, BD), tl.float32)
     if FIRST:
         acc = _dq_branch(
             acc, q, do, k1_src, v1_src, lse_ptr, delta_ptr, low1_ptr, high1_ptr,
@@ -184,17 +230,17 @@ def interval_grad_q_kernel(
             low2_ptr, high2_ptr, scale_log2, first, last, head, T,
             stride_k2n, stride_k2g, stride_v2n, stride_v2g, HG, D, DV, BD, BDV, BM, BN, TMA,
         )  # fmt: skip
-    acc *= scale
-    dq_at = dq_ptr + (rows.to(tl.int64)[:, None] * H + head) * D + d[None, :]
-    if ADD:
-        acc += tl.load(dq_at, mask=q_mask, other=0.0).to(tl.float32)
-    tl.store(dq_at, acc.to(dq_ptr.dtype.element_ty), mask=q_mask)
+    dq_at = dq_ptr + (rows.to(tl.int64)[:, None] * (G * HG) + head) * D + d[None, :]
+    tl.store(dq_at, (acc * scale).to(dq_ptr.dtype.element_ty), mask=q_mask)
 
 
 def interval_grad_q(
     dq_THD: Tensor,
     q_THD: Tensor,
     do_THD: Tensor,
+    partials: Tensor | None,
+    selected_TGK: Tensor,
+    tokens: tuple[int, int],
     compressed: tuple[Tensor, Tensor, Tensor, Tensor],
     window: tuple[Tensor, Tensor, Tensor, Tensor],
     lse_2HT: Tensor,
@@ -203,10 +249,10 @@ def interval_grad_q(
     config: TileConfig,
     *,
     branches: tuple[bool, bool] = (True, True),
-    add: bool,
 ) -> None:
-    """Write (or add to) dq_THD the gradient through both interval branches.
+    """Write to dq_THD the gradient of the tokens [begin, end) through the branches.
 
+    `partials` is `SelectedGrad.partials` of exactly these tokens, None to leave that branch out.
     `compressed` and `window` are (k, v, low_T, high_T); the [2, H, T] fp32 tensors hold the
     base-2 log-sum-exp folded with the gate and do . o of the compressed, then the sliding branch.
     """
@@ -215,10 +261,12 @@ def interval_grad_q(
     k2, v2, low2, high2 = window
     G, DV = v1.shape[1:]
     (k1s, v1s, k2s, v2s), tma = tile_sources(config.BN, k1, v1, k2, v2)
-    interval_grad_q_kernel[(H, triton.cdiv(T, config.BM))](
+    interval_grad_q_kernel[(H, triton.cdiv(tokens[1] - tokens[0], config.BM))](
         q_THD,
         do_THD,
         dq_THD,
+        q_THD if partials is None else partials,
+        selected_TGK,
         k1s,
         v1s,
         k2s,
@@ -232,7 +280,7 @@ def interval_grad_q(
         scale,
         scale * LOG2_E,
         T,
-        H,
+        *tokens,
         q_THD.stride(0),
         q_THD.stride(1),
         do_THD.stride(0),
@@ -245,7 +293,9 @@ def interval_grad_q(
         k2.stride(1),
         v2.stride(0),
         v2.stride(1),
+        G=G,
         HG=H // G,
+        K=selected_TGK.shape[2],
         D=D,
         DV=DV,
         BD=pow2(D),
@@ -254,7 +304,7 @@ def interval_grad_q(
         BN=config.BN,
         FIRST=branches[0],
         SECOND=branches[1],
-        ADD=add,
+        PARTIALS=partials is not None,
         TMA=tma,
         num_warps=config.warps,
         num_stages=config.stages,

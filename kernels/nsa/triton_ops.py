@@ -1,11 +1,14 @@
-"""The NSA kernels as two custom operators, so that torch.compile and checkpointing see black boxes.
+"""The NSA kernels as two operators: forward and backward of everything.
 
-`tiny_onn::nsa_forward` saves branch outputs, log-sum-exps, the compressed keys and values and the
-selection; `tiny_onn::nsa_backward` starts from those. Neither reads anything back to the host.
+The forward saves branch outputs, log-sum-exps, the compressed keys and values and the selection;
+the backward starts from those. Neither reads anything back to the host. torch.compile sees them as
+the custom operators `tiny_onn::nsa_forward` and `tiny_onn::nsa_backward`; eager calls go through
+`NsaFunction`, because the custom operator's own autograd costs as much host time as all launches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +18,13 @@ from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_compress import compress, compress_backward
 from kernels.nsa.triton_config import KernelConfigs, kernel_configs
 from kernels.nsa.triton_delta import branch_deltas
+from kernels.nsa.triton_finish import finish_forward
 from kernels.nsa.triton_interval import interval_forward
 from kernels.nsa.triton_interval_grad_kv import interval_grad_kv
 from kernels.nsa.triton_interval_grad_q import interval_grad_q
 from kernels.nsa.triton_layout import PackedLayout
 from kernels.nsa.triton_select import BlockLists, block_lists, select_blocks
-from kernels.nsa.triton_selected import selected_forward
-from kernels.nsa.triton_selected_grad import selected_backward
+from kernels.nsa.triton_selected_grad import SelectedGrad
 
 SPEC_FIELDS = ("block", "stride", "select", "selected", "initial", "local", "window")
 
@@ -39,8 +42,7 @@ def list_tokens(T: int, H: int, spec: NsaSpec, configs: KernelConfigs) -> int:
     return min(T, max(1, configs.partial_rows // (H * spec.selected) // 128) * 128)
 
 
-@torch.library.custom_op("tiny_onn::nsa_forward", mutates_args=())
-def nsa_forward(
+def run_forward(
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
@@ -74,12 +76,15 @@ def nsa_forward(
     chunk = list_tokens(T, H, spec, configs)
     selected, keys = select_blocks(q, kc, lse[0], layout, spec, scale, chunk, configs)
     lists = block_lists(keys, layout.n_blocks, chunk)
-    out, slc, lse_slc = selected_forward(
+    out, slc, lse_slc = finish_forward(
         q, k_slc, v_slc, gates, compressed, window, selected, lists, layout, spec, scale, configs
     )
     return [
         out, compressed, slc, window, lse, lse_slc, kc, vc, selected, lists.order, lists.bounds
     ]  # fmt: skip
+
+
+nsa_forward = torch.library.custom_op("tiny_onn::nsa_forward", run_forward, mutates_args=())
 
 
 @nsa_forward.register_fake
@@ -121,8 +126,7 @@ def _(
     ]
 
 
-@torch.library.custom_op("tiny_onn::nsa_backward", mutates_args=())
-def nsa_backward(
+def run_backward(
     do: Tensor,
     q: Tensor,
     k_cmp: Tensor,
@@ -154,15 +158,18 @@ def nsa_backward(
         do, compressed, slc, window, gates, lse, lse_slc, configs
     )
     dq = torch.empty_like(q)
-    dk_slc, dv_slc = selected_backward(
-        dq, q, k_slc, v_slc, do, folded_slc, delta_slc, selected, lists, layout, spec,
-        scale, configs,
-    )  # fmt: skip
     token, seen = layout.tokens, layout.window
-    interval_grad_q(
-        dq, q, do, (kc, vc, token[2], token[3]), (k_win, v_win, seen[0], seen[1]),
-        folded, delta, scale, configs.grad_q, add=True,
-    )  # fmt: skip
+    slc_grad = SelectedGrad(
+        q, k_slc, v_slc, do, folded_slc, delta_slc, lists, layout, spec, scale, configs
+    )
+    for c in range(lists.n_chunks):
+        slc_grad.chunk(c)
+        interval_grad_q(
+            dq, q, do, slc_grad.partials, selected, (c * chunk, min(T, (c + 1) * chunk)),
+            (kc, vc, token[2], token[3]), (k_win, v_win, seen[0], seen[1]),
+            folded, delta, scale, configs.grad_q,
+        )  # fmt: skip
+    dk_slc, dv_slc = slc_grad.keys_and_values()
     dk_win, dv_win = interval_grad_kv(
         q, k_win, v_win, do, folded[1], delta[1], seen[2], seen[3], scale,
         configs.window_grad_kv, splits=1,
@@ -175,6 +182,9 @@ def nsa_backward(
     dv_cmp, *dphi_v = compress_backward(dvc, v_cmp, phi_v_weight, phi_v_position, layout, spec)
     maps = [g for g in (*dphi_k, *dphi_v) if g is not None]
     return [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates, *maps]
+
+
+nsa_backward = torch.library.custom_op("tiny_onn::nsa_backward", run_backward, mutates_args=())
 
 
 @nsa_backward.register_fake
@@ -211,19 +221,50 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*tensors, *output[1:], *layout_tensors)
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    if grads[0] is None:
-        return (*[None] * 12, [None] * 4, None, None, None)
+def _backward_of(
+    ctx: Any, do: Tensor | None, backward: Callable[..., list[Tensor]]
+) -> tuple[Any, ...]:
+    """Gradients of the first twelve inputs."""
+    if do is None:
+        return (None,) * 12
     everything = ctx.saved_tensors
     inputs = everything[:12]
     saved = list(everything[12 : 12 + ctx.n_saved])
     layout_tensors = list(everything[12 + ctx.n_saved :])
-    result = nsa_backward(
-        grads[0], *inputs, saved, layout_tensors, ctx.counts, ctx.sizes, ctx.scale
-    )
+    result = backward(do, *inputs, saved, layout_tensors, ctx.counts, ctx.sizes, ctx.scale)
     maps = iter(result[8:])
     dphi = [None if p is None else next(maps) for p in inputs[7:11]]
-    return (*result[:7], *dphi, result[7], [None] * len(layout_tensors), None, None, None)
+    return (*result[:7], *dphi, result[7])
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    return (*_backward_of(ctx, grads[0], nsa_backward), [None] * 4, None, None, None)
 
 
 nsa_forward.register_autograd(_backward, setup_context=_setup)
+
+
+class NsaFunction(torch.autograd.Function):
+    """`nsa_forward` for eager calls: the same arguments and results, bit for bit."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """Run the forward; every result but the first is for the backward and for statistics."""
+        result = run_forward(*inputs)
+        _setup(ctx, inputs, result)
+        ctx.mark_non_differentiable(*result[1:])
+        return tuple(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """Run the backward from the gradient of the first result."""
+        return (*_backward_of(ctx, grads[0], run_backward), None, None, None, None)
+
+
+def nsa(*inputs: Any) -> Sequence[Tensor]:
+    """Call `NsaFunction`, or `nsa_forward` under torch.compile."""
+    if torch.compiler.is_compiling():
+        compiled: list[Tensor] = nsa_forward(*inputs)
+        return compiled
+    result: tuple[Tensor, ...] = NsaFunction.apply(*inputs)  # type: ignore[no-untyped-call]
+    return result

@@ -2,14 +2,15 @@
 
 The block's keys and values stay on chip while the queries that chose it pass by, all heads of the
 group together: a (query, block) pair moves one row of q and one partial output instead of the
-whole block. Partials of a chunk of queries are merged by their log-sum-exp in slot order, and the
-merge also gates and adds the three branches. Everything is a sum in a fixed order.
+whole block. `triton_finish` merges the partials of a chunk of queries.
 """
 
 # Arguments of @triton.jit functions have no Python types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,7 +21,7 @@ from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_config import KernelConfigs, pow2
 from kernels.nsa.triton_interval import LOG2_E
 from kernels.nsa.triton_layout import PackedLayout
-from kernels.nsa.triton_select import BlockLists, cut_pieces
+from kernels.nsa.triton_select import BlockLists, Pieces
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def _forward_tile(
 
 
 # Sizes that change with every pack of documents must not each compile a kernel anew.
-@triton.jit(do_not_specialize=("list0", "NB", "token0"))
+@triton.jit(do_not_specialize=("piece0", "NB", "token0"))
 def selected_forward_kernel(
     q_ptr,
     k_ptr,
@@ -113,12 +114,10 @@ def selected_forward_kernel(
     part_ptr,
     part_lse_ptr,
     order_ptr,
-    bounds_ptr,
-    owner_ptr,
-    first_ptr,
+    piece_ptr,
     block_ptr,
     scale_log2,
-    list0,
+    piece0,
     NB,
     token0,
     stride_qt,
@@ -130,7 +129,6 @@ def selected_forward_kernel(
     G: tl.constexpr,
     HG: tl.constexpr,
     K: tl.constexpr,
-    SIZE: tl.constexpr,
     SELECT: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -140,14 +138,13 @@ def selected_forward_kernel(
     WIDE: tl.constexpr,
 ):
     """Partial output of every (query, slot) of one piece, normalised, with its log-sum-exp."""
-    piece = tl.load(first_ptr + list0) + tl.program_id(0)
-    if piece < tl.load(first_ptr + list0 + G * NB):
-        owner = tl.load(owner_ptr + piece)
-        begin = tl.load(bounds_ptr + owner) + (piece - tl.load(first_ptr + owner)) * SIZE
-        end = tl.minimum(begin + SIZE, tl.load(bounds_ptr + owner + 1))
-        group = (owner - list0) // NB
+    at = piece_ptr + (piece0 + tl.program_id(0)) * 4
+    begin = tl.load(at)
+    end = tl.load(at + 1)
+    if begin < end:
+        block = tl.load(at + 2)
+        group = tl.load(at + 3) // 2
         wide_group = group.to(tl.int64)
-        block = (owner - list0) % NB
         key0 = tl.load(block_ptr + block)
         key_end = tl.load(block_ptr + NB + block)
         key = key0 + tl.arange(0, SELECT)
@@ -174,161 +171,95 @@ def selected_forward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
-def merge_forward_kernel(
-    part_ptr,
-    part_lse_ptr,
-    selected_ptr,
-    gates_ptr,
-    compressed_ptr,
-    window_ptr,
-    slc_ptr,
-    lse_ptr,
-    out_ptr,
-    token0,
-    token_end,
-    G: tl.constexpr,
-    HG: tl.constexpr,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    DV: tl.constexpr,
-    BDV: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Merge a query's partials, then out = gated sum of the three branches. Rows are (t, head)."""
-    local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = local < (token_end - token0) * (G * HG)
-    t = local // (G * HG)
-    head = local % (G * HG)
-    group = head // HG
-    pair = (t * G + group).to(tl.int64)
-    wide_row = tl.cast(token0, tl.int64) * (G * HG) + local
-    wide_pair = tl.cast(token0, tl.int64) * G + pair
-    slot = tl.arange(0, BK)
-    chosen = tl.load(
-        selected_ptr + wide_pair[:, None] * K + slot[None, :],
-        mask=inside[:, None] & (slot < K)[None, :],
-        other=-1,
-    )
-    lse = tl.load(
-        part_lse_ptr + (pair[:, None] * K + slot[None, :]) * HG + (head % HG)[:, None],
-        mask=chosen >= 0,
-        other=float("-inf"),
-    )
-    high = tl.maximum(tl.max(lse, 1), -1e30)
-    weight = tl.exp2(lse - high[:, None])
-    total = tl.maximum(tl.sum(weight, 1), 1e-30)
-    weight = weight / total[:, None]
-    dv = tl.arange(0, BDV)
-    acc = tl.zeros((ROWS, BDV), tl.float32)
-    for i in range(K):
-        pick = slot[None, :] == i
-        w = tl.sum(tl.where(pick, weight, 0.0), 1)
-        some = tl.sum(tl.where(pick & (chosen >= 0), 1, 0), 1) > 0
-        at = (pair * K + i) * HG + head % HG
-        part = tl.load(
-            part_ptr + at[:, None] * DV + dv[None, :],
-            mask=some[:, None] & (dv < DV)[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        acc += w[:, None] * part.to(tl.float32)
-    at = wide_row[:, None] * DV + dv[None, :]
-    mask = inside[:, None] & (dv < DV)[None, :]
-    g0 = tl.load(gates_ptr + wide_row * 3, mask=inside, other=0.0).to(tl.float32)
-    g1 = tl.load(gates_ptr + wide_row * 3 + 1, mask=inside, other=0.0).to(tl.float32)
-    g2 = tl.load(gates_ptr + wide_row * 3 + 2, mask=inside, other=0.0).to(tl.float32)
-    compressed = tl.load(compressed_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    window = tl.load(window_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    out = g0[:, None] * compressed + g1[:, None] * acc + g2[:, None] * window
-    tl.store(slc_ptr + at, acc.to(slc_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + wide_row, high + tl.log2(total), mask=inside)
+def gluon_takes(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, spec: NsaSpec, BM: int) -> bool:
+    """Tell whether the Gluon kernels serve this call; Triton's take the rest.
+
+    They copy 16-byte pieces of rows of 64 or 128 elements, blocks and tiles of 64.
+    """
+    if spec.select != 64 or BM != 64:
+        return False
+    return all(
+        x.shape[2] in {64, 128} and x.stride(1) % 16 == 0 and x.stride(0) % 16 == 0
+        and x.data_ptr() % 16 == 0
+        for x in (q_THD, k_TGD, v_TGD)
+    )  # fmt: skip
 
 
-def selected_forward(
+@dataclass(frozen=True)
+class Partials:
+    """Outputs of a chunk's (query, slot, head) rows and their base-2 log-sum-exps.
+
+    Attributes:
+        part: [chunk_tokens * G * K * HG, DV], normalised, in q's dtype.
+        lse: fp32 [chunk_tokens * G * K * HG].
+    """
+
+    part: Tensor
+    lse: Tensor
+
+
+def new_partials(q_THD: Tensor, width: int, lists: BlockLists, slots: int) -> Partials:
+    """Allocate the partials of one chunk; every chunk overwrites them."""
+    T, H, _ = q_THD.shape
+    rows = min(T, lists.chunk_tokens) * H * slots
+    lse = torch.empty(rows, dtype=torch.float32, device=q_THD.device)
+    return Partials(q_THD.new_empty(rows, width), lse)
+
+
+def selected_partials(
     q_THD: Tensor,
     k_TGD: Tensor,
     v_TGD: Tensor,
-    gates_TH3: Tensor,
-    compressed_THD: Tensor,
-    window_THD: Tensor,
-    selected_TGK: Tensor,
+    partials: Partials,
     lists: BlockLists,
+    pieces: Pieces,
+    chunk: int,
     layout: PackedLayout,
     spec: NsaSpec,
     scale: float,
     configs: KernelConfigs,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gated sum of all branches, the selected branch's output and its lse [T, H]."""
+) -> None:
+    """Attend every query of a chunk to each of its selected blocks apart."""
     T, H, D = q_THD.shape
     G, DV = v_TGD.shape[1:]
-    HG, K, tile = H // G, spec.selected, configs.selected_forward
-    pieces = cut_pieces(lists, G, layout.n_blocks, K, configs.piece_forward)
-    rows = min(T, lists.chunk_tokens) * H * K
-    part = q_THD.new_empty(rows, DV)
-    part_lse = torch.empty(rows, dtype=torch.float32, device=q_THD.device)
-    out, slc = q_THD.new_empty(T, H, DV), q_THD.new_empty(T, H, DV)
-    lse = torch.empty(T, H, dtype=torch.float32, device=q_THD.device)
-    BM = max(tile.BM, HG)
-    wide = max(T * H, part.shape[0]) * max(D, DV) >= 2**31
-    for c in range(lists.n_chunks):
-        token0, list0 = c * lists.chunk_tokens, c * G * layout.n_blocks
-        end = min(T, token0 + lists.chunk_tokens)
-        selected_forward_kernel[(pieces.most_per_chunk,)](
-            q_THD,
-            k_TGD,
-            v_TGD,
-            part,
-            part_lse,
-            lists.order,
-            lists.bounds,
-            pieces.owner,
-            pieces.first,
-            layout.blocks,
-            scale * LOG2_E,
-            list0,
-            layout.n_blocks,
-            token0,
-            q_THD.stride(0),
-            q_THD.stride(1),
-            k_TGD.stride(0),
-            k_TGD.stride(1),
-            v_TGD.stride(0),
-            v_TGD.stride(1),
-            G=G,
-            HG=HG,
-            K=K,
-            SIZE=pieces.size,
-            SELECT=spec.select,
-            D=D,
-            DV=DV,
-            BD=pow2(D),
-            BDV=pow2(DV),
-            BM=BM,
-            WIDE=wide,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        merge_forward_kernel[(triton.cdiv((end - token0) * H, configs.combine_rows),)](
-            part,
-            part_lse,
-            selected_TGK,
-            gates_TH3,
-            compressed_THD,
-            window_THD,
-            slc,
-            lse,
-            out,
-            token0,
-            end,
-            G=G,
-            HG=HG,
-            K=K,
-            BK=pow2(K),
-            DV=DV,
-            BDV=pow2(DV),
-            ROWS=configs.combine_rows,
-            num_warps=4,
-        )
-    return out, slc, lse
+    tile = configs.selected_forward
+    arguments = (
+        q_THD, k_TGD, v_TGD, partials.part, partials.lse, lists.order, pieces.table, layout.blocks,
+        scale * LOG2_E, chunk * pieces.most_per_chunk, layout.n_blocks, chunk * lists.chunk_tokens,
+        q_THD.stride(0), q_THD.stride(1), k_TGD.stride(0), k_TGD.stride(1), v_TGD.stride(0),
+        v_TGD.stride(1),
+    )  # fmt: skip
+    BM = max(tile.BM, H // G)
+    sizes = {
+        "G": G,
+        "HG": H // G,
+        "K": spec.selected,
+        "SELECT": spec.select,
+        "D": D,
+        "DV": DV,
+        "BM": BM,
+        "WIDE": max(T * H, partials.part.shape[0]) * max(D, DV) >= 2**31,
+    }
+    if tile.gluon and gluon_takes(q_THD, k_TGD, v_TGD, spec, BM):
+        from kernels.nsa.gluon_selected import selected_forward_gluon
+        from kernels.nsa.gluon_selected_tma import launch_forward, tma_takes
+
+        if tile.stages > 2 and tma_takes(q_THD, v_TGD, partials.part):
+            launch_forward(
+                q_THD, k_TGD, v_TGD, partials.part, partials.lse, lists.order, pieces.table,
+                layout.blocks, scale * LOG2_E, chunk * pieces.most_per_chunk, layout.n_blocks,
+                chunk * lists.chunk_tokens, pieces.most_per_chunk, spec.selected, spec.select,
+                tile.stages,
+            )  # fmt: skip
+            return
+
+        selected_forward_gluon[(pieces.most_per_chunk,)](*arguments, **sizes, num_warps=4)
+        return
+    selected_forward_kernel[(pieces.most_per_chunk,)](
+        *arguments,
+        **sizes,
+        BD=pow2(D),
+        BDV=pow2(DV),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

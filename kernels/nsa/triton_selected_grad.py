@@ -1,13 +1,16 @@
 """Gradients of attention to the selected blocks, in one pass over the block lists.
 
 A program keeps a block and its dk and dv on chip while the queries of a piece of its list pass by,
-and leaves a partial dq per (query, slot). Partials are summed in slot order, pieces in list order.
+and leaves a partial dq per (query, slot), which `triton_interval_grad_q` sums. Pieces are summed in
+list order.
 """
 
 # Arguments of @triton.jit functions have no Python types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +22,7 @@ from kernels.nsa.triton_config import KernelConfigs, pow2
 from kernels.nsa.triton_interval import LOG2_E
 from kernels.nsa.triton_layout import PackedLayout
 from kernels.nsa.triton_select import BlockLists, cut_pieces
-from kernels.nsa.triton_selected import entries, load_rows, offsets
+from kernels.nsa.triton_selected import entries, gluon_takes, load_rows, offsets
 
 
 @triton.jit
@@ -39,7 +42,6 @@ def _backward_tile(
     group,
     key,
     own,
-    scale,
     scale_log2,
     token0,
     stride_qt,
@@ -80,7 +82,7 @@ def _backward_tile(
     row = (entry - token0 * (G * K)) * HG + head % HG
     tl.store(
         part_ptr + offsets(row, D, WIDE)[:, None] + d[None, :],
-        tl.trans((dqt * scale).to(part_ptr.dtype.element_ty)),
+        tl.trans(dqt.to(part_ptr.dtype.element_ty)),
         mask=ok[:, None] & (d < D)[None, :],
         cache_modifier=".cs",
     )
@@ -88,7 +90,7 @@ def _backward_tile(
 
 
 # Sizes that change with every pack of documents must not each compile a kernel anew.
-@triton.jit(do_not_specialize=("list0", "NB", "token0"))
+@triton.jit(do_not_specialize=("piece0", "NB", "token0"))
 def selected_backward_kernel(
     q_ptr,
     k_ptr,
@@ -102,13 +104,11 @@ def selected_backward_kernel(
     dk_sum_ptr,
     dv_sum_ptr,
     order_ptr,
-    bounds_ptr,
-    owner_ptr,
-    first_ptr,
+    piece_ptr,
     block_ptr,
     scale,
     scale_log2,
-    list0,
+    piece0,
     NB,
     token0,
     stride_qt,
@@ -122,7 +122,6 @@ def selected_backward_kernel(
     G: tl.constexpr,
     HG: tl.constexpr,
     K: tl.constexpr,
-    SIZE: tl.constexpr,
     SELECT: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -138,14 +137,14 @@ def selected_backward_kernel(
     `merge_grad_kv_kernel`.
     """
     number = tl.program_id(0)
-    piece = tl.load(first_ptr + list0) + number
-    if piece < tl.load(first_ptr + list0 + G * NB):
-        owner = tl.load(owner_ptr + piece)
-        begin = tl.load(bounds_ptr + owner) + (piece - tl.load(first_ptr + owner)) * SIZE
-        end = tl.minimum(begin + SIZE, tl.load(bounds_ptr + owner + 1))
-        group = (owner - list0) // NB
+    at = piece_ptr + (piece0 + number) * 4
+    begin = tl.load(at)
+    end = tl.load(at + 1)
+    if begin < end:
+        block = tl.load(at + 2)
+        tag = tl.load(at + 3)
+        group = tag // 2
         wide_group = group.to(tl.int64)
-        block = (owner - list0) % NB
         key0 = tl.load(block_ptr + block)
         key_end = tl.load(block_ptr + NB + block)
         key = key0 + tl.arange(0, SELECT)
@@ -155,7 +154,6 @@ def selected_backward_kernel(
         wide = key.to(tl.int64)
         k = load_rows(k_ptr + wide_group * stride_kg, wide * stride_kt, d, own, D, BD)
         v = load_rows(v_ptr + wide_group * stride_vg, wide * stride_vt, f, own, DV, BDV)
-        alone = tl.load(first_ptr + owner + 1) - tl.load(first_ptr + owner) == 1
         sum_row = wide * G + group
         dk = tl.zeros((SELECT, BD), tl.float32)
         dv = tl.zeros((SELECT, BDV), tl.float32)
@@ -165,17 +163,17 @@ def selected_backward_kernel(
         for i in range(begin, own_end, BM // HG):
             dk, dv = _backward_tile(
                 dk, dv, q_ptr, k, v, do_ptr, lse_ptr, delta_ptr, part_ptr, order_ptr, i, end, group,
-                key, own, scale, scale_log2, token0, stride_qt, stride_qh, stride_dt, stride_dh,
+                key, own, scale_log2, token0, stride_qt, stride_qh, stride_dt, stride_dh,
                 G, HG, K, D, DV, BD, BDV, BM, WIDE, True,
             )  # fmt: skip
         for i in range(own_end, end, BM // HG):
             dk, dv = _backward_tile(
                 dk, dv, q_ptr, k, v, do_ptr, lse_ptr, delta_ptr, part_ptr, order_ptr, i, end, group,
-                key, own, scale, scale_log2, token0, stride_qt, stride_qh, stride_dt, stride_dh,
+                key, own, scale_log2, token0, stride_qt, stride_qh, stride_dt, stride_dh,
                 G, HG, K, D, DV, BD, BDV, BM, WIDE, False,
             )  # fmt: skip
         dk *= scale
-        if alone:
+        if tag % 2 == 1:
             dk_at = dk_sum_ptr + sum_row[:, None] * D + d[None, :]
             dv_at = dv_sum_ptr + sum_row[:, None] * DV + f[None, :]
             dk_mask = own[:, None] & (d < D)[None, :]
@@ -189,45 +187,6 @@ def selected_backward_kernel(
             row = number.to(tl.int64) * SELECT + tl.arange(0, SELECT)
             tl.store(dk_part_ptr + row[:, None] * D + d[None, :], dk, mask=(d < D)[None, :])
             tl.store(dv_part_ptr + row[:, None] * DV + f[None, :], dv, mask=(f < DV)[None, :])
-
-
-@triton.jit
-def merge_grad_q_kernel(
-    part_ptr,
-    selected_ptr,
-    dq_ptr,
-    token0,
-    token_end,
-    G: tl.constexpr,
-    HG: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """dq[t, h] = sum of its slots' partials, in slot order."""
-    local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = local < (token_end - token0) * (G * HG)
-    head = local % (G * HG)
-    pair = (local // (G * HG) * G + head // HG).to(tl.int64)
-    wide_pair = tl.cast(token0, tl.int64) * G + pair
-    d = tl.arange(0, BD)
-    acc = tl.zeros((ROWS, BD), tl.float32)
-    for i in range(K):
-        some = tl.load(selected_ptr + wide_pair * K + i, mask=inside, other=-1) >= 0
-        at = (pair * K + i) * HG + head % HG
-        acc += tl.load(
-            part_ptr + at[:, None] * D + d[None, :],
-            mask=some[:, None] & (d < D)[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        ).to(tl.float32)
-    wide_row = tl.cast(token0, tl.int64) * (G * HG) + local
-    tl.store(
-        dq_ptr + wide_row[:, None] * D + d[None, :],
-        acc.to(dq_ptr.dtype.element_ty),
-        mask=inside[:, None] & (d < D)[None, :],
-    )
 
 
 @triton.jit(do_not_specialize=("list0", "NB"))
@@ -271,111 +230,118 @@ def merge_grad_kv_kernel(
         tl.store(sum_ptr + at, tl.zeros((SELECT, BD), tl.float32), mask=mask)
 
 
-def selected_backward(
-    dq_THD: Tensor,
-    q_THD: Tensor,
-    k_TGD: Tensor,
-    v_TGD: Tensor,
-    do_THD: Tensor,
-    lse_TH: Tensor,
-    delta_TH: Tensor,
-    selected_TGK: Tensor,
-    lists: BlockLists,
-    layout: PackedLayout,
-    spec: NsaSpec,
-    scale: float,
-    configs: KernelConfigs,
-) -> tuple[Tensor, Tensor]:
-    """Write the selected branch's dq into dq_THD; return dk [T, G, D] and dv [T, G, DV]."""
-    T, H, D = q_THD.shape
-    G, DV = v_TGD.shape[1:]
-    HG, K, tile = H // G, spec.selected, configs.selected_backward
-    NB, SELECT = layout.n_blocks, spec.select
-    pieces = cut_pieces(lists, G, NB, K, configs.piece_backward)
-    device = q_THD.device
-    part = q_THD.new_empty(min(T, lists.chunk_tokens) * H * K, D)
-    f32 = torch.float32
-    dk_part = torch.empty(pieces.most_per_chunk, SELECT, D, dtype=f32, device=device)
-    dv_part = torch.empty(pieces.most_per_chunk, SELECT, DV, dtype=f32, device=device)
-    dk_sum = torch.empty(T, G, D, dtype=f32, device=device)
-    dv_sum = torch.empty(T, G, DV, dtype=f32, device=device)
-    BM = max(tile.BM, HG)
-    wide = max(T * H, part.shape[0]) * max(D, DV) >= 2**31
-    for c in range(lists.n_chunks):
-        token0, list0 = c * lists.chunk_tokens, c * G * NB
-        end = min(T, token0 + lists.chunk_tokens)
-        selected_backward_kernel[(pieces.most_per_chunk,)](
-            q_THD,
-            k_TGD,
-            v_TGD,
-            do_THD,
-            lse_TH,
-            delta_TH,
-            part,
-            dk_part,
-            dv_part,
-            dk_sum,
-            dv_sum,
-            lists.order,
-            lists.bounds,
-            pieces.owner,
-            pieces.first,
-            layout.blocks,
-            scale,
-            scale * LOG2_E,
-            list0,
-            NB,
-            token0,
-            q_THD.stride(0),
-            q_THD.stride(1),
-            do_THD.stride(0),
-            do_THD.stride(1),
-            k_TGD.stride(0),
-            k_TGD.stride(1),
-            v_TGD.stride(0),
-            v_TGD.stride(1),
-            G=G,
-            HG=HG,
-            K=K,
-            SIZE=pieces.size,
-            SELECT=SELECT,
-            D=D,
-            DV=DV,
-            BD=pow2(D),
-            BDV=pow2(DV),
-            BM=BM,
-            WIDE=wide,
-            RESUME=c > 0,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        merge_grad_q_kernel[(triton.cdiv((end - token0) * H, configs.combine_rows),)](
-            part,
-            selected_TGK,
-            dq_THD,
-            token0,
-            end,
-            G=G,
-            HG=HG,
-            K=K,
-            D=D,
-            BD=pow2(D),
-            ROWS=configs.combine_rows,
-            num_warps=4,
-        )
-        for source, total, width in ((dk_part, dk_sum, D), (dv_part, dv_sum, DV)):
+class SelectedGrad:
+    """Gradients of the selected branch, chunk by chunk: running fp32 sums of dk and dv.
+
+    `partials` is dq of every (query, slot, head) of the last chunk, not yet times the scale.
+    """
+
+    def __init__(
+        self,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        do_THD: Tensor,
+        lse_TH: Tensor,
+        delta_TH: Tensor,
+        lists: BlockLists,
+        layout: PackedLayout,
+        spec: NsaSpec,
+        scale: float,
+        configs: KernelConfigs,
+    ) -> None:
+        """Allocate; nothing is computed before `chunk`. lse is base 2 and folded with the gate."""
+        T, H, D = q_THD.shape
+        G, DV = v_TGD.shape[1:]
+        self._tensors = (q_THD, k_TGD, v_TGD, do_THD, lse_TH, delta_TH)
+        self._lists, self._layout, self._spec = lists, layout, spec
+        self._scale, self._tile = scale, configs.selected_backward
+        NB, SELECT, device, f32 = layout.n_blocks, spec.select, q_THD.device, torch.float32
+        self._pieces = cut_pieces(lists, G, NB, spec.selected, configs.piece_backward)
+        self.partials = q_THD.new_empty(min(T, lists.chunk_tokens) * H * spec.selected, D)
+        most = self._pieces.most_per_chunk
+        self._dk_part = torch.empty(most, SELECT, D, dtype=f32, device=device)
+        self._dv_part = torch.empty(most, SELECT, DV, dtype=f32, device=device)
+        self._dk_sum = torch.empty(T, G, D, dtype=f32, device=device)
+        self._dv_sum = torch.empty(T, G, DV, dtype=f32, device=device)
+
+    def chunk(self, c: int) -> None:
+        """Write the partial dq of chunk c and add its share to dk and dv; chunks come in order."""
+        q, k, v, do, lse, delta = self._tensors
+        T, H, D = q.shape
+        G, DV = v.shape[1:]
+        pieces, layout, spec, tile = self._pieces, self._layout, self._spec, self._tile
+        NB = layout.n_blocks
+        arguments = (
+            q, k, v, do, lse, delta, self.partials, self._dk_part, self._dv_part, self._dk_sum,
+            self._dv_sum, self._lists.order, pieces.table, layout.blocks, self._scale,
+            self._scale * LOG2_E, c * pieces.most_per_chunk, NB, c * self._lists.chunk_tokens,
+            q.stride(0), q.stride(1), do.stride(0), do.stride(1), k.stride(0), k.stride(1),
+            v.stride(0), v.stride(1),
+        )  # fmt: skip
+        BM = max(tile.BM, H // G)
+        sizes = {
+            "G": G,
+            "HG": H // G,
+            "K": spec.selected,
+            "SELECT": spec.select,
+            "D": D,
+            "DV": DV,
+            "BM": BM,
+            "WIDE": max(T * H, self.partials.shape[0]) * max(D, DV) >= 2**31,
+            "RESUME": c > 0,
+        }
+        self._launch(arguments, sizes, c)
+        for source, total in ((self._dk_part, self._dk_sum), (self._dv_part, self._dv_sum)):
+            width = total.shape[2]
             merge_grad_kv_kernel[(NB, G)](
                 source,
                 total,
                 pieces.first,
                 layout.blocks,
-                list0,
+                c * G * NB,
                 NB,
                 G=G,
-                SELECT=SELECT,
+                SELECT=spec.select,
                 D=width,
                 BD=pow2(width),
                 RESUME=c > 0,
                 num_warps=4,
             )
-    return dk_sum.to(k_TGD.dtype), dv_sum.to(v_TGD.dtype)
+
+    def _launch(self, arguments: tuple[Any, ...], sizes: dict[str, Any], c: int) -> None:
+        """Launch the kernel that takes this call."""
+        q, k, v, do, lse, delta = self._tensors
+        pieces, layout, spec, tile = self._pieces, self._layout, self._spec, self._tile
+        grid = (pieces.most_per_chunk,)
+        if tile.gluon and gluon_takes(q, k, v, spec, sizes["BM"]):
+            from kernels.nsa.gluon_selected_grad import selected_backward_gluon
+            from kernels.nsa.gluon_selected_grad_tma import launch_backward
+            from kernels.nsa.gluon_selected_tma import tma_takes
+
+            if tile.stages > 2 and tma_takes(q, v, self.partials, do):
+                others = (
+                    lse, delta, self._dk_part, self._dv_part, self._dk_sum, self._dv_sum,
+                    self._lists.order, pieces.table, layout.blocks,
+                )  # fmt: skip
+                launch_backward(
+                    q, k, v, do, self.partials, others, self._scale, self._scale * LOG2_E,
+                    c * pieces.most_per_chunk, layout.n_blocks, c * self._lists.chunk_tokens,
+                    *grid, spec.selected, spec.select, c > 0,
+                )  # fmt: skip
+            else:
+                selected_backward_gluon[grid](*arguments, **sizes, num_warps=4)
+            return
+        selected_backward_kernel[grid](
+            *arguments,
+            **sizes,
+            BD=pow2(sizes["D"]),
+            BDV=pow2(sizes["DV"]),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """Return dk [T, G, D] and dv [T, G, DV] in the inputs' dtype, after the last chunk."""
+        k, v = self._tensors[1:3]
+        return self._dk_sum.to(k.dtype), self._dv_sum.to(v.dtype)

@@ -49,11 +49,11 @@ def test_peeking_shows_the_next_step_and_takes_nothing(corpus: Path, open_loader
     loader, other = open_loader(corpus), open_loader(corpus)
     for _ in range(5):
         before = loader.state_dict()
-        peeked = loader.peek_ids()
-        assert loader.peek_ids().equal(peeked)
+        peeked = ids(loader.peek_step())
+        assert ids(loader.peek_step()) == peeked
         assert loader.state_dict() == before
         step = loader.next_step()
-        assert [t for row in ids(step) for t in row] == peeked.tolist()
+        assert ids(step) == peeked
         assert ids(step) == ids(other.next_step())
 
 
@@ -94,7 +94,7 @@ def test_a_loaded_state_goes_on_with_exactly_the_next_step(
     steps: list[list[list[int]]] = []
     for n in range(2 * per_epoch + 3):
         if n % 2:
-            loader.peek_ids()
+            loader.peek_step()
         states.append(json.dumps(loader.state_dict()))
         steps.append(ids(loader.next_step()))
     marks = (0, 1, per_epoch // 2, per_epoch - 1, per_epoch, per_epoch + 1, 2 * per_epoch)
@@ -116,6 +116,30 @@ def test_a_running_loader_can_be_set_back_and_forward(corpus: Path, open_loader:
     for at in (per_epoch + 2, 1, per_epoch - 1, 0):
         loader.load_state_dict(states[at])
         assert [ids(loader.next_step()) for _ in range(3)] == steps[at : at + 3]
+
+
+def test_data_that_is_left_out_is_never_handed_out_wherever_it_is_gone_on_from(
+    corpus: Path, open_loader: Loaders
+) -> None:
+    loader = open_loader(corpus)
+    per_epoch = loader.steps_per_epoch
+    count = per_epoch + 6
+    steps, states = [], [loader.state_dict()]
+    for _ in range(count):
+        steps.append(ids(loader.next_step()))
+        states.append(loader.state_dict())
+    assert [loader.data_step_of(state) for state in states] == list(range(count + 1))
+    # Two that touch, one across the end of the epoch, one at the very start.
+    windows = [(2, 3), (3, 5), (per_epoch - 1, per_epoch + 2), (0, 1)]
+    kept = [k for k in range(count) if not any(a <= k < b for a, b in windows)]
+    for at in (0, 1, 3, 4, per_epoch):
+        resumed = open_loader(corpus)
+        resumed.load_state_dict(states[at])
+        resumed.peek_step()
+        resumed.leave_out(windows)
+        for k in (k for k in kept if k >= at):
+            assert ids(resumed.next_step()) == steps[k], (at, k)
+            assert resumed.data_step == k + 1
 
 
 def test_the_batch_may_change_in_the_middle_of_an_epoch(corpus: Path, open_loader: Loaders) -> None:
@@ -311,3 +335,24 @@ def test_a_moved_corpus_is_the_same_corpus(
     other.load_state_dict(loader.state_dict())
     assert ids(other.next_step()) == ids(loader.next_step())
     assert re.fullmatch("[0-9a-f]{64}", other.corpus.index.identity)
+
+
+def test_staged_shards_are_copied_to_the_nodes_disk_and_checked(
+    corpus: Path, tmp_path: Path, open_loader: Loaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shutil.copytree(corpus, shared)
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "disk"))
+    local, staged = open_loader(corpus), open_loader(shared, stage=True, cache="$NODE_DISK/cache")
+    for _ in range(3):
+        assert ids(staged.next_step()) == ids(local.next_step())
+    assert list((tmp_path / "disk" / "cache").glob("*/train/run0/*.mds"))
+    for shard in (shared / "train").glob("*.mds"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(bytes(content))
+    bad = open_loader(shared, stage=True, cache=str(tmp_path / "other"))
+    with pytest.raises(DataError, match=r"Checksum failure: .*shard\.\d+\.mds"):
+        bad.next_step()
+    with pytest.raises(ValueError, match="does not have that environment variable"):
+        open_loader(shared, stage=True, cache="$NO_SUCH_DISK/cache")

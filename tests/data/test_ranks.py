@@ -65,9 +65,9 @@ def train(
     states, steps, peeked = [], [], []
     for _ in range(STEPS):
         states.append(loader.state_dict())
-        peeked.append(loader.peek_ids().tolist())
+        peeked.append([b.ids_T.tolist() for b in loader.peek_step()])
         steps.append(loader.next_step())
-    assert peeked == [[t for b in s for t in b.ids_T.tolist()] for s in steps]
+    assert peeked == [[b.ids_T.tolist() for b in s] for s in steps]
     evaluations = [[b.sample_ids for b in loader.evaluation_batches()] for _ in range(2)]
     assert evaluations[0] == evaluations[1]
     loader.close()

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.rows import RowIndex, gather_rows, row_index, segment_sum, split_layers, unique_ids
+from kernels.rows import (
+    RowIndex,
+    gather_rows,
+    modulate,
+    row_index,
+    segment_sum,
+    split_layers,
+    unique_ids,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -117,6 +125,35 @@ def test_split_layers_copies_nothing_and_refuses_uneven_widths():
         split_layers(values, 4)
 
 
+def modulate_case(device="cpu", dtype=torch.float64, tokens=40, rows=9, width=33):
+    inverse = zipf_ids(tokens, rows)
+    generator = torch.Generator().manual_seed(1)
+    x, residual, grad = (torch.randn(tokens, width, generator=generator) for _ in range(3))
+    # One layer's columns of wider rows.
+    values = torch.randn(rows, 2 * width, generator=generator)[:, width:]
+    index = row_index(inverse, rows)
+    tensors = [t.to(device, dtype).requires_grad_() for t in (x, values, residual)]
+    return tensors, grad.to(device, dtype), index.to(torch.device(device))
+
+
+def modulate_oracle(x, values, residual, grad, index):
+    doubles = [t.detach().double().requires_grad_() for t in (x, values, residual)]
+    out = doubles[2] + doubles[0] * (1 + doubles[1][index.inverse_T])
+    return out.detach(), *torch.autograd.grad(out, doubles, grad.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_modulate_equals_the_oracle(dtype):
+    tensors, grad, index = modulate_case(dtype=dtype)
+    out = modulate(*tensors[:2], index, tensors[2])
+    ours = [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+    tolerance = 1e-6 if dtype == torch.float64 else 3e-2
+    for a, b in zip(ours, modulate_oracle(*tensors, grad, index), strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+    assert torch.equal(modulate(*tensors[:2], index.inverse_T), modulate(*tensors[:2], index))
+
+
 def test_row_index_moves_as_a_whole():
     index = row_index(torch.tensor([1, 0]), 2).to(torch.device("cpu"))
     assert isinstance(index, RowIndex)
@@ -137,6 +174,17 @@ for tokens, rows, width in ((1, 1, 1), (40, 7, 33), (50, 3, 300), (0, 3, 4)):
     torch.testing.assert_close(
         segment_sum(grad.t().contiguous().t(), index, implementation="triton"),
         segment_sum(grad, index, implementation="naive"), rtol=1e-5, atol=1e-5)
+    from kernels.rows_triton import modulate_backward_triton, modulate_triton
+    x, residual = torch.randn(2, tokens, width)
+    values = torch.randn(rows, 3 * width)[:, width : 2 * width]
+    chosen = values[inverse]
+    torch.testing.assert_close(
+        modulate_triton(x, values, inverse, residual), residual + x * (1 + chosen))
+    torch.testing.assert_close(modulate_triton(x, values, inverse, None), x * (1 + chosen))
+    dx, dvalues = modulate_backward_triton(grad, x, values, index)
+    torch.testing.assert_close(dx, grad * (1 + chosen))
+    torch.testing.assert_close(
+        dvalues, segment_sum(grad * x, index, implementation="naive"), rtol=1e-5, atol=1e-5)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=REPOSITORY)
@@ -154,3 +202,18 @@ def test_triton_segment_sum_equals_the_oracle_on_the_gpu(dtype):
     got = segment_sum(grad.to(device), index.to(device), dtype=torch.float32)
     torch.testing.assert_close(got.cpu(), oracle, rtol=1e-5, atol=1e-4)
     assert torch.equal(got, segment_sum(grad.to(device), index.to(device), dtype=torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modulate_equals_the_oracle_on_the_gpu_and_repeats_bitwise(dtype):
+    tensors, grad, index = modulate_case("cuda", dtype, 2048, 300, 520)
+    results = []
+    for _ in range(2):
+        out = modulate(*tensors[:2], index, tensors[2])
+        results.append([out.detach(), *torch.autograd.grad(out, tensors, grad)])
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for a, again, b in zip(*results, modulate_oracle(*tensors, grad, index), strict=True):
+        assert torch.equal(a, again)
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * 5)

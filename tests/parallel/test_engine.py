@@ -234,6 +234,35 @@ def test_step_with_a_norm_that_is_not_finite_moves_nothing_anywhere(two_ranks: R
     two_ranks.run(_skip)
 
 
+def _refuse(mesh: Mesh) -> None:
+    for name, offload in (("resident", OffloadConfig()), ("offloaded", OffloadConfig("cpu"))):
+        table = FixedTable()
+        engine = build_engine(Poisoned, config(offload=offload), mesh, table)
+        train(engine, 0, 3)
+        before, lr = engine.local_state(), engine.lr
+        table.calls.clear()
+        norms: list[float] = []
+
+        def refuse(norm: float, norms: list[float] = norms) -> bool:
+            norms.append(norm)
+            return False
+
+        result = train(engine, 3, 4, accept=refuse)[0]
+        assert result.skipped and table.calls == ["skip"], name
+        assert math.isfinite(result.grad_norm) and norms == [result.grad_norm], name
+        assert engine.lr == lr, name
+        after = engine.local_state()
+        for key, tensor in before[0].items():
+            assert key.startswith("buffer/") or torch.equal(tensor, after[0][key]), (name, key)
+        # Said yes to, it is the step that was refused.
+        again = train(engine, 3, 4, accept=lambda norm: True)[0]
+        assert (again.grad_norm, again.skipped) == (result.grad_norm, False), name
+
+
+def test_step_that_is_not_accepted_moves_nothing_and_tells_its_norm(two_ranks: Ranks) -> None:
+    two_ranks.run(_refuse)
+
+
 def test_decay_is_for_matrices_and_marks_on_parameters_are_honoured() -> None:
     model = TinyModel()
     names = {id(p): name for name, p in model.named_parameters()}

@@ -8,7 +8,6 @@ import torch
 
 from kernels.rows import gather_rows
 from parallel.table_layout import TableConfig
-from parallel.table_optim import GradientSum
 from parallel.tables import RowTable
 from tests.parallel.table_runs import (
     SINGLE,
@@ -27,6 +26,7 @@ from tests.ranks import run_ranks
 OPTIMIZERS = ["adam", "adam_rowwise", "adagrad_rowwise"]
 PLAIN = Run(accumulation=2, steps=8)
 AHEAD = [replace(PLAIN, prefetch=when) for when in ("within", "before_step", "after_step")]
+PARTS = replace(PLAIN, prefetch="within", groups=3)
 LOW = replace(PLAIN, dtype=torch.bfloat16)
 
 
@@ -144,29 +144,62 @@ def test_row_updated_between_prefetch_and_fetch_is_read_again():
     ids = torch.tensor([3, 5, 5, 8])
     rows = table.fetch(ids)
     table.prefetch(torch.tensor([5, 7, 8]))
-    rows.values_UW.sum().backward()
+    rows.whole().sum().backward()
     table.accumulate(rows)
     table.step(0.1)
-    ahead = table.fetch(torch.tensor([5, 7, 8])).values_UW
+    ahead = table.fetch(torch.tensor([5, 7, 8])).whole()
     assert table._counts["prefetch_hits"] == 3
     assert bool((ahead[0] != 0).all()) and bool((ahead[2] != 0).all())
     assert bool((ahead[1] == 0).all())
-    assert torch.equal(ahead, table.fetch(torch.tensor([5, 7, 8])).values_UW)
+    assert torch.equal(ahead, table.fetch(torch.tensor([5, 7, 8])).whole())
 
 
-def test_partly_prefetched_batch_takes_the_rest_from_the_tier():
-    table = make_table(SINGLE, Run())
+def filled_table():
+    table = make_table(SINGLE, Run(groups=3))
     state = {
         name: torch.randn_like(value)
         for name, value in table.local_state().items()
         if name != "ids"
     }
     table.load_local_state({"ids": torch.arange(97), **state})
-    table.prefetch(torch.tensor([1, 4]))
-    table.prefetch(torch.tensor([4, 9, 11]))
-    rows = table.fetch(torch.tensor([9, 1, 2, 60]))
-    assert torch.equal(rows.values_UW[rows.inverse_T], state["weight"][[9, 1, 2, 60]])
-    assert (table._counts["prefetch_hits"], table._counts["prefetch_misses"]) == (2, 2)
+    return table, state["weight"]
+
+
+def test_rows_left_to_an_update_that_does_not_come_are_read():
+    table, weight = filled_table()
+    for end in ("same step", "skip", "no gradient"):
+        first, second = torch.tensor([9, 1, 2]), torch.tensor([2, 9, 60, 4])
+        rows = table.fetch(first)
+        table.prefetch(second)
+        assert table._ahead.deferred_N.shape[0] == 2
+        if end == "skip":
+            rows.whole().sum().backward()
+            table.accumulate(rows)
+            table.skip()
+        elif end == "no gradient":
+            # Only other rows are stepped, and by nothing.
+            other = table.fetch(torch.tensor([50]))
+            table.prefetch(second)
+            table.accumulate(other)
+            table.step(0.0)
+        after = table.fetch(second)
+        assert table._counts["prefetch_hits"] == 4
+        assert torch.equal(after.whole()[after.inverse_T], weight[second])
+        table.skip()
+
+
+def test_evaluation_leaves_what_was_read_ahead():
+    table, weight = filled_table()
+    coming = torch.tensor([9, 1, 2, 60])
+    table.prefetch(coming)
+    with torch.no_grad():
+        rows = table.fetch(torch.tensor([3, 4]))
+        assert torch.equal(rows.whole(), weight[3:5])
+        assert not rows.parts[0].requires_grad
+    table.skip()
+    rows = table.fetch(coming)
+    assert table._counts["prefetch_hits"] == 4
+    assert torch.equal(rows.whole()[rows.inverse_T], weight[coming])
 
 
 def fetch_lopsided(mesh, run):
@@ -177,7 +210,7 @@ def fetch_lopsided(mesh, run):
     ids = torch.tensor([mesh.world - 1] * 3) if mesh.rank == 0 else torch.tensor([0, mesh.world])
     for _ in range(3):
         rows = table.fetch(ids)
-        loss = run.loss(1 + gather_rows(rows.values_UW, rows.lookup), ids)
+        loss = run.loss(1 + gather_rows(rows.whole(), rows.lookup), ids)
         loss.backward()
         table.accumulate(rows)
         table.grad_sq_norm()
@@ -199,7 +232,7 @@ def test_skip_leaves_every_row_as_it_is():
     before = {name: value.clone() for name, value in table.local_state().items()}
     ids = batch_ids(run, 3, 0, SINGLE)
     rows = table.fetch(ids)
-    (rows.values_UW * float("nan")).sum().backward()
+    (rows.whole() * float("nan")).sum().backward()
     table.accumulate(rows)
     assert not torch.isfinite(table.grad_sq_norm())
     table.skip()
@@ -220,32 +253,36 @@ def test_activation_checkpointing_fetches_nothing_twice():
         return run.loss(1 + gather_rows(values, lookup), ids)
 
     torch.utils.checkpoint.checkpoint(
-        forward, rows.values_UW, rows.lookup, use_reentrant=False
+        forward, rows.whole(), rows.lookup, use_reentrant=False
     ).backward()
     assert table._counts == fetched
     plain = table.fetch(ids)
-    forward(plain.values_UW, plain.lookup).backward()
-    assert torch.equal(rows.values_UW.grad, plain.values_UW.grad)
+    forward(plain.whole(), plain.lookup).backward()
+    assert torch.equal(rows.gradient.wait(0), plain.gradient.wait(0))
 
 
 def test_fp32_transport_ignores_the_compute_type():
     table = make_table(SINGLE, Run(TableConfig(transport="fp32"), dtype=torch.bfloat16))
-    assert table.fetch(torch.tensor([1])).values_UW.dtype == torch.float32
+    assert table.fetch(torch.tensor([1])).whole().dtype == torch.float32
 
 
-def test_gradients_of_micro_batches_add_in_their_order():
-    total = GradientSum(2, torch.device("cpu"))
-    total.add(torch.tensor([2, 5]), torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
-    total.add(torch.tensor([2]), torch.tensor([[4.0, 4.0]]))
-    total.add(torch.tensor([1, 5]), torch.tensor([[8.0, 8.0], [16.0, 16.0]]))
-    assert total.index_N.tolist() == [1, 2, 5]
-    assert total.grad_NW[:, 0].tolist() == [8.0, 5.0, 18.0]
+def test_gradients_of_micro_batches_add_up_by_row():
+    table = RowTable("t", 9, 2, SINGLE, TableConfig())
+    for ids, grads in (([2, 5], [1.0, 2.0]), ([2], [4.0]), ([1, 5], [8.0, 16.0])):
+        rows = table.fetch(torch.tensor(ids))
+        (rows.whole() * torch.tensor(grads)[:, None]).sum().backward()
+        table.accumulate(rows)
+    index, part_of = table._gradient.rows()
+    table.flush()
+    assert index.tolist() == [2, 5, 1]
+    assert part_of(0)[:, 0].tolist() == [5.0, 18.0, 8.0]
+    assert float(table.grad_sq_norm()) == 2 * (25 + 324 + 64)
 
 
 def step_seconds(table: RowTable, ids: torch.Tensor) -> float:
     start = time.perf_counter()
     batch = table.fetch(ids)
-    gather_rows(batch.values_UW, batch.lookup).sum().backward()
+    gather_rows(batch.whole(), batch.lookup).sum().backward()
     table.accumulate(batch)
     table.grad_sq_norm()
     table.step(0.01)

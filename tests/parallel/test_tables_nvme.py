@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.rows_step import TorchRows
 from parallel import table_nvme
 from parallel.table_cache import SlotCache
 from parallel.table_layout import RowLayout, TableConfig, TableError
@@ -62,7 +63,7 @@ def evicting_table(path):
     table = make_table(SINGLE, Run(on_disk(path, cache_rows=4)))
     for row in range(12):
         rows = table.fetch(torch.tensor([row]))
-        rows.values_UW.sum().backward()
+        rows.whole().sum().backward()
         table.accumulate(rows)
         table.step(0.1)
     table.flush()
@@ -75,9 +76,9 @@ def test_corrupt_record_stops_the_run_with_file_and_row(tmp_path):
         stream.seek(17)
         stream.write(b"\x01")
     with pytest.raises(TableError, match=rf"{file}: the record of local row 0 .*checksum"):
-        table.fetch(torch.tensor([0]))
+        table.fetch(torch.tensor([0])).whole()
     with pytest.raises(TableError, match="local row 0"):
-        table.fetch(torch.tensor([50]))
+        table.fetch(torch.tensor([50])).whole()
     table.close()
 
 
@@ -90,7 +91,7 @@ def test_record_of_another_row_is_not_taken_for_this_one(tmp_path):
         stream.seek(0)
         stream.write(other)
     with pytest.raises(TableError, match="local row 0"):
-        table.fetch(torch.tensor([0]))
+        table.fetch(torch.tensor([0])).whole()
     table.close()
 
 
@@ -99,7 +100,7 @@ def test_zeroed_record_is_not_taken_for_a_fresh_one(tmp_path):
     with file.open("r+b") as stream:
         stream.write(bytes(record_bytes(table.layout)))
     with pytest.raises(TableError, match="local row 0"):
-        table.fetch(torch.tensor([0]))
+        table.fetch(torch.tensor([0])).whole()
     table.close()
 
 
@@ -122,7 +123,7 @@ def test_cut_file_stops_the_run(tmp_path):
     table, file = evicting_table(tmp_path)
     os.truncate(file, 100)
     with pytest.raises(TableError, match="local row 0"):
-        table.fetch(torch.tensor([0]))
+        table.fetch(torch.tensor([0])).whole()
     table.close()
 
 
@@ -134,7 +135,7 @@ def test_full_disk_while_writing_stops_the_run_with_file_and_row(tmp_path, monke
 
     monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(TableError, match=rf"{file}: record of local row \d+: No space left"):
-        table.fetch(torch.tensor([60, 61, 62, 63]))
+        table.fetch(torch.tensor([60, 61, 62, 63])).whole()
     table.close()
 
 
@@ -169,8 +170,8 @@ def test_file_system_without_direct_io_is_refused_unless_told_otherwise(tmp_path
     monkeypatch.setattr(os, "open", no_direct)
     layout = RowLayout.of("adam", 4, 1)
     with pytest.raises(TableError, match=r"no O_DIRECT.*direct: false"):
-        NvmeTier(tmp_path / "t.rows", 10, layout, on_disk(tmp_path))
-    NvmeTier(tmp_path / "t.rows", 10, layout, on_disk(tmp_path, direct=False)).close()
+        NvmeTier(tmp_path / "t.rows", 10, layout, on_disk(tmp_path), TorchRows())
+    NvmeTier(tmp_path / "t.rows", 10, layout, on_disk(tmp_path, direct=False), TorchRows()).close()
 
 
 def test_file_left_by_a_killed_run_is_replaced(tmp_path):

@@ -100,7 +100,7 @@ def test_configurations_that_cannot_be_meant_are_refused_by_key(change):
 def test_failure_on_the_tier_thread_stops_every_later_call():
     table = make_table(SINGLE, Run())
     rows = table.fetch(torch.tensor([1, 2]))
-    rows.values_UW.sum().backward()
+    rows.whole().sum().backward()
     table.accumulate(rows)
     table._tier = SimpleNamespace(**vars(table._tier), slots=None)
     table.step(0.1)

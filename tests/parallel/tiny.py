@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +137,13 @@ def build_engine(model: Any, cfg: EngineConfig, mesh: Mesh, *tables: Any, **more
     return Engine(model, cfg, mesh, 100, tables, **more)
 
 
-def train(engine: Engine, first: int, last: int, accumulation: int = 1) -> list[StepResult]:
+def train(
+    engine: Engine,
+    first: int,
+    last: int,
+    accumulation: int = 1,
+    accept: Callable[[float], bool] | None = None,
+) -> list[StepResult]:
     """Take steps [first, last) on the global batches of these numbers."""
     results = []
     for step in range(first, last):
@@ -150,7 +157,7 @@ def train(engine: Engine, first: int, last: int, accumulation: int = 1) -> list[
             output = engine.forward(*part, Lengths(part[0].numel()), scale)
             assert type(output).__name__ == "Output"
             engine.backward(output.loss)
-            result = engine.step()
+            result = engine.step(accept)
         assert result is not None
         results.append(result)
     return results

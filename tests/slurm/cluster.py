@@ -16,6 +16,7 @@ import random
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from launcher.lifecycle import process_start
 
 PREFIX = "tonn"
 START_SECONDS = 30.0
+GPUS = 2
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -58,6 +60,7 @@ SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
+GresTypes=gpu
 ReturnToService=2
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sched_delay=0
@@ -241,6 +244,20 @@ class SlurmCluster:
         """Put a node's network cable back."""
         _must("ip", "link", "set", f"{self.bridge}v{node}", "up")
 
+    def inside(self, node: str, *command: str) -> str:
+        """Run a command with a node's network and mounts, as on a shell there."""
+        pid = str(self._daemons[f"slurmd-{node}"].pid)
+        return _must("nsenter", f"--target={pid}", "--net", "--mount", "--uts", *command)
+
+    def stop_daemon(self, node: str) -> None:
+        """Kill a node's slurmd alone; what it started lives on."""
+        self._daemons[f"slurmd-{node}"].kill()
+        self._daemons[f"slurmd-{node}"].wait()
+
+    def wait_all_idle(self, seconds: float = 60.0) -> None:
+        """Wait until every node can take jobs again."""
+        self._until(self._all_idle, seconds)
+
     def start_node(self, node: str) -> None:
         """Start a node's slurmd, also after a crash."""
         self._start(
@@ -272,8 +289,13 @@ class SlurmCluster:
             _must("ip", "-n", space, "link", "set", "lo", "up")
 
     def _write_files(self) -> None:
-        for name in ("state", "spool", "log", "munge"):
+        for name in ("state", "spool", "log", "munge", "dev"):
             (self.folder / name).mkdir()
+        for gpu in range(GPUS):
+            # Slurm only wants to see a device; none of these answers as a GPU.
+            os.mknod(self.folder / "dev" / f"gpu{gpu}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        devices = f"Name=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}]\n"
+        (self.folder / "gres.conf").write_text(devices)
         self.folder.chmod(0o755)
         (self.folder / "munge").chmod(0o711)
         key = self.folder / "munge" / "key"
@@ -290,7 +312,7 @@ class SlurmCluster:
             port = s.getsockname()[1]
         nodes = "\n".join(
             f"NodeName={node} NodeHostname={node} NodeAddr={self.network}.{i} Port=17001 "
-            f"CPUs={self.cpus} RealMemory=4000 State=UNKNOWN"
+            f"CPUs={self.cpus} RealMemory=4000 Gres=gpu:{GPUS} State=UNKNOWN"
             for i, node in enumerate(self.nodes, 1)
         )
         (self.folder / "slurm.conf").write_text(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,13 +16,34 @@ from tests.slurm.cluster import SlurmCluster, missing
 
 ROOT = Path(__file__).parents[2]
 
+STAND_IN = """\
+#!/usr/bin/env bash
+if [[ "$1 $2 $3" != "-m launcher pretrain" ]]; then exec {python} "$@"; fi
+run=$({python} -m launcher path "${{@:4}}")
+save() {{ mkdir -p "$run/checkpoints/step-0$1"; touch "$run/checkpoints/step-0$1/COMMITTED"; }}
+asked() {{ [[ -e $run/STOP || -e $run/logs/$TINY_ONN_TRY.stop ]]; }}
+try=${{TINY_ONN_TRY##*-try}}
+{body}
+"""
+
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[SlurmCluster]:
     if missing():
         pytest.skip(missing())
-    with SlurmCluster(nodes=2) as cluster:
+    with SlurmCluster(nodes=4) as cluster:
         yield cluster
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Show what Slurm's own daemons said with a test that failed."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    cluster = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and cluster is not None:
+        for log in sorted((cluster.folder / "log").glob("slurm*.log")):
+            report.sections.append((log.name, log.read_text()[-6000:]))
 
 
 @dataclass
@@ -33,6 +55,7 @@ class Submission:
     config: Path
     python: Path = Path(sys.executable)
     job: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
     run: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,7 +68,7 @@ class Submission:
             str(ROOT / "slurm" / "pretrain.sh"), str(self.config),
             "--runs", str(self.run.parent), "--name", self.run.name, *overrides,
             cwd=self.folder,
-            env={"TINY_ONN_PYTHON": str(self.python), **environment},
+            env={"TINY_ONN_PYTHON": str(self.python), **self.environment, **environment},
         )  # fmt: skip
         return self.job
 
@@ -91,6 +114,16 @@ def submission(cluster: SlurmCluster, tmp_path: Path) -> Iterator[Submission]:
     submission = Submission(cluster, tmp_path, ROOT / "launcher" / "configs" / "demo.yaml")
     yield submission
     submission.cancel()
+
+
+def play(submission: Submission, body: str) -> Submission:
+    """Let a few lines of shell, which write the same files, play the ranks' part."""
+    submission.python = submission.folder / "python"
+    submission.python.write_text(STAND_IN.format(python=sys.executable, body=body))
+    submission.python.chmod(0o755)
+    # The pre-flight loads torch on every node; test_preflight.py has it.
+    submission.environment["TINY_ONN_PREFLIGHT"] = "0"
+    return submission
 
 
 def without_slurm() -> dict[str, str]:

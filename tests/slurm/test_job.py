@@ -12,26 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import ROOT, Submission, without_slurm
-
-STAND_IN = """\
-#!/usr/bin/env bash
-if [[ "$1 $2 $3" != "-m launcher pretrain" ]]; then exec {python} "$@"; fi
-run=$({python} -m launcher path "${{@:4}}")
-save() {{ mkdir -p "$run/checkpoints/step-0$1"; touch "$run/checkpoints/step-0$1/COMMITTED"; }}
-asked() {{ [[ -e $run/STOP || -e $run/logs/$TINY_ONN_TRY.stop ]]; }}
-try=${{TINY_ONN_TRY##*-try}}
-{body}
-"""
+from tests.slurm.conftest import ROOT, Submission, play, without_slurm
 
 pytestmark = pytest.mark.slurm
-
-
-def play(submission: Submission, body: str) -> Submission:
-    submission.python = submission.folder / "python"
-    submission.python.write_text(STAND_IN.format(python=sys.executable, body=body))
-    submission.python.chmod(0o755)
-    return submission
 
 
 def test_nodes_meet_at_the_first_one_on_a_port_of_their_own(submission: Submission) -> None:
@@ -123,9 +106,9 @@ def test_a_cancelled_job_saves_and_stays_cancelled(submission: Submission) -> No
 def test_a_preempted_job_saves_and_goes_on_when_its_turn_comes(submission: Submission) -> None:
     body = 'if [[ $try == 1 ]]; then touch "$run/DONE"; exit; fi; trap "save 4; exit" TERM; '
     body += 'touch "$run/up"; while :; do sleep 0.1; done'
-    play(submission, body).submit("--exclusive")
+    play(submission, body).submit("--exclusive", "--nodelist=n1,n2")
     submission.wait((submission.run / "up").exists, 30, "the ranks are up")
-    urgent = ("--partition=urgent", "--nodes=1", "--output=/dev/null", "--wrap=sleep 1")
+    urgent = ("--partition=urgent", "--nodelist=n1", "--output=/dev/null", "--wrap=sleep 1")
     submission.cluster.sbatch(*urgent, cwd=submission.folder)
     assert submission.wait_finished() == "COMPLETED"
     assert "cancelled or preempted at committed step 4" in submission.output()

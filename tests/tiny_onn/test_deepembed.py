@@ -116,7 +116,7 @@ def test_both_partitions_learn_alike_when_every_row_is_touched():
         adam.step()
         adam.zero_grad()
         rows = table.fetch(ids)
-        sparse = stack(x, rows.values_UW, rows.lookup)
+        sparse = stack(x, rows.whole(), rows.lookup)
         sparse.backward()
         table.accumulate(rows)
         table.step(0.02)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,13 +39,18 @@ class Model(nn.Module):
         )
 
     def forward(
-        self, ids: Tensor, x: Tensor, values: Tensor | None = None, index: RowIndex | None = None
+        self,
+        ids: Tensor,
+        x: Tensor,
+        parts: Sequence[Tensor] | None = None,
+        index: RowIndex | None = None,
     ) -> Tensor:
         if self.table is not None:
             values, index = self.table(ids)
-        assert values is not None
-        for layer, part in zip(self.layers, split_layers(values, LAYERS), strict=True):
-            x = checkpoint(layer, x, part, index, use_reentrant=False)
+            parts = split_layers(values, LAYERS)
+        assert parts is not None
+        for i, layer in enumerate(self.layers):
+            x = checkpoint(layer, x, parts[i], index, use_reentrant=False)
         return (x - torch.sin(ids)[:, None]).square().mean()
 
 
@@ -58,7 +65,7 @@ def train(mesh: Mesh, partition: str, accumulation: int) -> tuple[list[float], l
     )
     table = None
     if partition == "rows":
-        table = RowTable("deepembed", VOCABULARY, LAYERS * WIDTH, mesh, cfg)
+        table = RowTable("deepembed", VOCABULARY, LAYERS * WIDTH, mesh, cfg, groups=LAYERS)
     engine = Engine(lambda: Model(cfg), engine_cfg, mesh, STEPS, [table] if table else [])
     losses, norms = [], []
     for step in range(STEPS):
@@ -68,7 +75,7 @@ def train(mesh: Mesh, partition: str, accumulation: int) -> tuple[list[float], l
             ids = torch.randperm(VOCABULARY, generator=generator)
             x = torch.randn(VOCABULARY, WIDTH, generator=generator)
             rows = table.fetch(ids) if table else None
-            extra = (rows.values_UW, rows.lookup) if rows else ()
+            extra = (rows.parts, rows.lookup) if rows else ()
             loss = engine.forward(ids, x, *extra)
             engine.backward(loss / accumulation)
             if table and rows:

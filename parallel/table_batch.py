@@ -1,0 +1,246 @@
+"""The rows of one micro-batch on their way from the owner's memory to the model, part by part.
+
+The owner's thread fills a `Staged` batch in transport type; behind an update it does so layer by
+layer. `Parts` hands the layers to the model in turn: what is ready is copied to the device on a
+stream of its own, and the block that uses a layer waits for just that.
+
+Shapes: U unique ids of this rank, N rows asked of this one, L parts (layers) of w columns each.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from kernels.rows import RowIndex
+from parallel.table_exchange import Exchange, Plan
+
+WAKE_SECONDS = 0.5
+"""How often a caller that waits for rows looks whether the tier has failed."""
+
+
+class Gate:
+    """Counts the parts that are ready, in order, for one waiting thread."""
+
+    def __init__(self) -> None:
+        self.ready = 0
+        self._changed = threading.Condition()
+
+    def post(self, ready: int) -> None:
+        """Let through everything below part `ready`."""
+        with self._changed:
+            self.ready = ready
+            self._changed.notify_all()
+
+    def wait(self, k: int, check: Callable[[], None]) -> None:
+        """Return when part `k` is ready; `check` raises what kept it from being so."""
+        if self.ready > k:
+            return
+        with self._changed:
+            while self.ready <= k:
+                check()
+                self._changed.wait(WAKE_SECONDS)
+
+
+class Staged:
+    """A micro-batch's rows in the owner's memory, in transport type.
+
+    Attributes:
+        ids_T: whose rows they are.
+        plan: who needs which.
+        index: which row each token uses, on the device.
+        wanted_N: distinct local rows asked of this rank, sorted, in the tier's memory.
+        rows_LNw: their weights, filled by the tier's thread; None until reading begins.
+        gate: how many parts are filled.
+        deferred_N: positions in `wanted_N` that the step under way will fill, int64.
+    """
+
+    def __init__(self, ids_T: Tensor, plan: Plan, index: RowIndex, wanted_N: Tensor) -> None:
+        self.ids_T, self.plan, self.index, self.wanted_N = ids_T, plan, index, wanted_N
+        self.rows_LNw: Tensor | None = None
+        self.gate = Gate()
+        self.deferred_N: Tensor = wanted_N.new_empty(0)
+        self.indexed: Any | None = None
+        if index.inverse_T.is_cuda:
+            # The index and the plan's are on their way to the device; other streams wait for this.
+            device = index.inverse_T.device
+            self.indexed = torch.cuda.current_stream(device).record_event()
+
+    def places_of(self, rows_P: Tensor) -> Tensor:
+        """Return the position in `wanted_N` of each row, -1 for those not wanted; int64 [P]."""
+        return places_in(self.wanted_N, rows_P)
+
+
+def places_in(sorted_N: Tensor, rows_P: Tensor) -> Tensor:
+    """Return where each of `rows_P` stands in `sorted_N`, -1 where it does not; int64 [P]."""
+    if sorted_N.shape[0] == 0:
+        return torch.full_like(rows_P, -1)
+    place_P = torch.searchsorted(sorted_N, rows_P).clamp_(max=sorted_N.shape[0] - 1)
+    return torch.where(sorted_N[place_P] == rows_P, place_P, -1)
+
+
+class DeviceBuffer:
+    """Device memory that the rows of one micro-batch after another use."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: Tensor | None = None
+        self._free = True
+        self._released: Any | None = None
+
+    def take(self, shape: tuple[int, int, int], dtype: torch.dtype, stream: Any) -> Tensor:
+        """Return memory that `stream` may write to; of its own when the buffer is in use."""
+        numel = shape[0] * shape[1] * shape[2]
+        if not self._free:
+            fresh = torch.empty(shape, dtype=dtype, device=self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            return fresh
+        if self._memory is None or self._memory.numel() < numel or self._memory.dtype != dtype:
+            self._memory = None
+            # Batches differ by a few rows; a little room keeps the next one from growing it.
+            self._memory = torch.empty(numel + numel // 16, dtype=dtype, device=self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+        elif self._released is not None:
+            stream.wait_event(self._released)
+        self._free = False
+        return self._memory[:numel].view(shape)
+
+    def release(self, rows: Tensor) -> None:
+        """Give back what `take` returned, once all work that uses it has been queued."""
+        if self._memory is not None and rows.data_ptr() == self._memory.data_ptr():
+            self._free = True
+            self._released = torch.cuda.current_stream(self._device).record_event()
+
+
+class Parts(Sequence[Tensor]):
+    """The layers [U, w] of a micro-batch's rows; leaves that require grad while gradients are on.
+
+    A layer is waited for when it is asked for. Between ranks that is a collective call: ask for
+    layers in the same order everywhere.
+
+    Attributes:
+        arrived: gets every layer's gradient as the backward pass completes it; None without.
+        shape: (L, U, w).
+    """
+
+    def __init__(
+        self,
+        staged: Staged,
+        exchange: Exchange,
+        check: Callable[[], None],
+        *,
+        stream: Any | None,
+        buffer: DeviceBuffer | None,
+        arrived: Callable[[int, Tensor], None] | None,
+    ) -> None:
+        """Hand out the layers of `staged`.
+
+        Args:
+            staged: being filled by the tier's thread.
+            exchange: of the table.
+            check: raises when the tier has failed.
+            stream: CUDA stream of the copies; None where owner and model share a memory.
+            buffer: device memory for them.
+            arrived: see the class.
+        """
+        rows_LNw = staged.rows_LNw
+        assert rows_LNw is not None
+        self._staged, self._exchange, self._check = staged, exchange, check
+        self._rows_LNw, self._stream, self.arrived = rows_LNw, stream, arrived
+        self._buffer = buffer
+        if arrived is None and stream is not None:
+            # Nobody says when such rows are done with; on one stream nobody needs to.
+            self._stream, self._buffer = torch.cuda.current_stream(exchange.mesh.device), None
+        count, wanted, width = rows_LNw.shape
+        self._leaves: list[Tensor | None] = [None] * count
+        self._exchanged: list[Tensor] = []
+        self._events: list[Any] = []
+        self._on_device: Tensor | None = None
+        self.shape = (count, staged.plan.unique, width)
+        if self._stream is not None:
+            rows = staged.plan.unique if staged.plan.asked is not None else wanted
+            shape = (count, rows, width)
+            device = exchange.mesh.device
+            if self._buffer is not None:
+                self._on_device = self._buffer.take(shape, rows_LNw.dtype, self._stream)
+            else:
+                self._on_device = torch.empty(shape, dtype=rows_LNw.dtype, device=device)
+                self._stream.wait_stream(torch.cuda.current_stream(device))
+
+            if staged.indexed is not None:
+                self._stream.wait_event(staged.indexed)
+
+    def __len__(self) -> int:
+        """Return L."""
+        return len(self._leaves)
+
+    @overload
+    def __getitem__(self, k: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, k: slice) -> list[Tensor]: ...
+    def __getitem__(self, k: int | slice) -> Tensor | list[Tensor]:
+        """Return layer `k`, [U, w], once it is there."""
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
+        if not 0 <= k < len(self):
+            raise IndexError(f"layer {k} of {len(self)}")
+        leaf = self._leaves[k]
+        if leaf is None:
+            leaf = self._leaves[k] = self._leaf(k)
+        return leaf
+
+    def release(self) -> None:
+        """End the use of the device memory; every kernel that reads it has been queued."""
+        if self._stream is None or self._on_device is None:
+            return
+        torch.cuda.current_stream(self._on_device.device).wait_stream(self._stream)
+        if self._buffer is not None:
+            self._buffer.release(self._on_device)
+
+    def _leaf(self, k: int) -> Tensor:
+        rows_Uw = self._deliver(k).detach()
+        arrived = self.arrived
+        if arrived is None:
+            return rows_Uw
+        rows_Uw.requires_grad_()
+
+        def hook(leaf: Tensor) -> None:
+            grad, leaf.grad = leaf.grad, None
+            assert grad is not None
+            arrived(k, grad)
+
+        rows_Uw.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        return rows_Uw
+
+    def _deliver(self, k: int) -> Tensor:
+        plan = self._staged.plan
+        self._staged.gate.wait(k, self._check)
+        if self._stream is None:
+            if plan.asked is None:
+                return self._rows_LNw[k]
+            while len(self._exchanged) <= k:
+                part = self._rows_LNw[len(self._exchanged)]
+                self._exchanged.append(self._exchange.deliver(plan, part))
+            return self._exchanged[k]
+        assert self._on_device is not None
+        if plan.asked is None:
+            # Whatever is ready goes along.
+            last = max(k, self._staged.gate.ready - 1)
+        else:
+            # All ranks must exchange alike: the next layer travels while this one is in use.
+            last = min(k + 1, len(self) - 1)
+            self._staged.gate.wait(last, self._check)
+        with torch.cuda.stream(self._stream):
+            for i in range(len(self._events), last + 1):
+                target = self._on_device[i]
+                if plan.asked is None:
+                    target.copy_(self._rows_LNw[i], non_blocking=True)
+                else:
+                    self._exchange.deliver(plan, self._rows_LNw[i], out=target)
+                self._events.append(self._stream.record_event())
+        torch.cuda.current_stream(self._on_device.device).wait_event(self._events[k])
+        return self._on_device[k]

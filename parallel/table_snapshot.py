@@ -1,0 +1,132 @@
+"""A table's rows as they were at one moment, read while training goes on.
+
+The rows are read in order, chunk by chunk, on the table's own thread, between its other work. A row
+that a step is about to change before it was read is copied first, so what is read is the state of
+the moment at which the snapshot was taken. Ids are sorted by frequency: the rows that change at
+every step are read first, and few copies are ever held.
+
+Shapes: N distinct rows of one call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from parallel.table_tiers import Fields, Tier, TierThread
+from parallel.tensor_file import TensorSource, TensorSpec
+
+CHUNK_BYTES = 16 * 2**20
+"""Bytes read at a time: a few milliseconds during which a step's rows wait."""
+
+COPIES_SHARE = 0.25
+"""Copies of changed rows, relative to the rows themselves, above which a step waits for the
+reader."""
+
+COPIES_FLOOR = 64 * 2**20
+"""Bytes of copies that are always allowed."""
+
+
+class TableSnapshot:
+    """Rows of one owner as of now; see the module's text.
+
+    Everything but `wait_for_room` and `finish` runs on the tier's thread.
+    """
+
+    def __init__(self, tier: Tier, thread: TierThread, rows: int, chunk_bytes: int) -> None:
+        """Take the moment: work given to `thread` later does not count.
+
+        Args:
+            tier: where the rows are.
+            thread: which works on the tier.
+            rows: local rows.
+            chunk_bytes: bytes to read at a time.
+        """
+        self._tier, self._thread, self.rows = tier, thread, rows
+        row_bytes = 4 * tier.layout.columns
+        self.chunk_rows = max(1, chunk_bytes // row_bytes)
+        self._row_bytes = row_bytes
+        self._most_copies = max(COPIES_FLOOR, int(COPIES_SHARE * rows * row_bytes)) // row_bytes
+        self._next = 0
+        self._copied = torch.zeros(rows, dtype=torch.bool)
+        self._copies: list[tuple[Tensor, Fields]] = []
+        self._held = 0
+        self._room = threading.Condition()
+        self.finished = False
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """[start, stop) of local rows of every chunk; one empty chunk for no rows."""
+        step = self.chunk_rows
+        return [(at, min(at + step, self.rows)) for at in range(0, max(self.rows, 1), step)]
+
+    def before_update(self, index_N: Tensor) -> None:
+        """Copy those of the sorted rows that were not read yet, as a step will change them."""
+        if self.finished:
+            return
+        late_N = index_N[index_N >= self._next]
+        late_N = late_N[~self._copied[late_N]]
+        if late_N.shape[0] == 0:
+            return
+        self._copied[late_N] = True
+        self._copies.append((late_N, self._tier.peek(late_N)))
+        with self._room:
+            self._held += late_N.shape[0]
+
+    def read(self, start: int, stop: int) -> Fields:
+        """Return copies of the next chunk's fields."""
+        views = self._tier.views()
+        if views is not None:
+            fields = {name: view[start:stop].clone() for name, view in views.items()}
+        else:
+            fields = self._tier.peek(torch.arange(start, stop))
+        kept = []
+        for index_N, copies in self._copies:
+            low, high = torch.searchsorted(index_N, torch.tensor([start, stop])).tolist()
+            for name, field in fields.items():
+                field[index_N[low:high] - start] = copies[name][low:high]
+            if high < index_N.shape[0]:
+                kept.append((index_N, copies))
+        self._next, self._copies = stop, kept
+        with self._room:
+            self._held = sum(index_N.shape[0] for index_N, _ in kept)
+            self._room.notify_all()
+        return fields
+
+    def wait_for_room(self) -> None:
+        """Wait, on the caller's thread, while too many copies are held."""
+        with self._room:
+            while not self.finished and self._held > self._most_copies:
+                self._room.wait()
+
+    def finish(self) -> None:
+        """Hold nothing any more; nothing will be read."""
+        with self._room:
+            self.finished = True
+            self._copies, self._held = [], 0
+            self._room.notify_all()
+
+    def source(self, first_id: int, id_step: int) -> TensorSource:
+        """Return the rows as tensors of a file: "CHUNK/ids" int64 [n] and "CHUNK/FIELD" [n, width].
+
+        Args:
+            first_id: id of local row 0.
+            id_step: from one local row's id to the next.
+        """
+        specs: dict[str, TensorSpec] = {}
+        for number, (start, stop) in enumerate(self.chunks):
+            specs[f"{number:06d}/ids"] = TensorSpec(torch.int64, (stop - start,))
+            for name, width in self._tier.layout.widths.items():
+                specs[f"{number:06d}/{name}"] = TensorSpec(torch.float32, (stop - start, width))
+
+        def tensors() -> Iterator[Tensor]:
+            for start, stop in self.chunks:
+                fields = self._thread.submit(partial(self.read, start, stop)).result()
+                yield torch.arange(start, stop) * id_step + first_id
+                yield from (fields[name] for name in self._tier.layout.widths)
+
+        return TensorSource(specs, tensors, close=self.finish)

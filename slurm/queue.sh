@@ -1,0 +1,150 @@
+# shellcheck shell=bash
+# What follows a try: the queue again, without bad nodes if need be, a successor, or the end.
+# Sourced after nodes.sh; uses SCRIPT and ARGUMENTS (the job's command), RUN and TINY_ONN_TRY.
+#
+#   TINY_ONN_CRASHES=3        crashes without a new checkpoint between them that are tried again
+
+# The newest committed step, 0 when there is none.
+committed_step() {
+  local marker newest=0 step
+  for marker in "$RUN"/checkpoints/step-*/COMMITTED; do
+    [[ -e $marker ]] || continue
+    step=$(basename "$(dirname "$marker")")
+    step=$((10#${step#step-}))
+    if ((step > newest)); then newest=$step; fi
+  done
+  echo "$newest"
+}
+
+# Put this job in the queue again because of $1, in its own name where the cluster allows it; $2 are
+# nodes that it must not get again.
+queue_again() {
+  local reason=$1 avoid=${2:-} refusal
+  if [[ ${ENVIRONMENT:-} != BATCH ]]; then
+    say "$reason; the same command goes on from there"
+    exit 1
+  fi
+  say "$reason; going back to the queue"
+  if [[ -n $avoid ]]; then avoid=$(excluded_with "$avoid"); fi
+  # Slurm ends this script as soon as it has queued the job. What is left to do here is quick.
+  trap '' TERM
+  if refusal=$(scontrol requeue "$(job_name)" 2>&1); then
+    # Only a waiting job's list can be changed. It waits for two minutes.
+    if [[ -n $avoid ]]; then exclude "$avoid"; fi
+    exit 0
+  fi
+  local next
+  if next=$(waiting_successor); then
+    say "this job may not be queued again ($refusal); job $next waits already and goes on"
+    exit 0
+  fi
+  say "this job may not be queued again ($refusal), submitting a successor"
+  submit_successor "$avoid" ||
+    die "could not submit a successor; to go on: sbatch [options] $SCRIPT ${ARGUMENTS[*]}"
+  exit 0
+}
+
+# The nodes that this job already avoids, and those in $1, as Slurm writes lists.
+excluded_with() {
+  local before
+  before=$(job_field ExcNodeList)
+  echo "${before:+$before,}$1"
+}
+
+exclude() {
+  local said
+  for _ in 1 2 3 4 5; do
+    if said=$(scontrol update JobId="$(job_name)" ExcNodeList="$1" 2>&1); then
+      say "node(s) $1 are excluded from the next try"
+      return
+    fi
+    sleep 0.5
+  done
+  say "could not exclude $1 from the next try: $said"
+}
+
+# The job that goes on in any case when this one has ended: a later element of the same array, or one
+# that depends on this job. Fails when there is none.
+waiting_successor() {
+  local id waits
+  if [[ -n ${SLURM_ARRAY_JOB_ID:-} && $ARRAY_IS_ONE_RUN == 1 ]]; then
+    id=$(squeue -h -t PD -r -j "$SLURM_ARRAY_JOB_ID" -o %i 2>/dev/null | head -n 1)
+    if [[ -n $id ]]; then echo "$id"; return 0; fi
+  fi
+  while read -r id waits; do
+    if [[ $waits =~ (^|[:,?])(after|afterany|afternotok|afterok):$SLURM_JOB_ID([^0-9]|$) ]]; then
+      echo "$id"
+      return 0
+    fi
+  done < <(squeue -h -t PD --user="$(id -un)" -o '%i %E')
+  return 1
+}
+
+# Submit the same command with the same resources, to start when this job has ended, once; without the
+# nodes in $1.
+submit_successor() {
+  local option name submitted
+  # Of a job that lost a node Slurm would name fewer nodes.
+  local -a options=(--nodes="$NNODES" --dependency="afterany:$(job_name)" --chdir="$SLURM_SUBMIT_DIR") clean=()
+  if [[ -e $RUN/logs/$TINY_ONN_TRY.successor ]]; then return 0; fi
+  for option in job-name=JobName partition=Partition account=Account qos=QOS time=TimeLimit \
+    cpus-per-task=CPUs/Task mem=MinMemoryNode mem-per-cpu=MinMemoryCPU constraint=Features \
+    reservation=Reservation gres=TresPerNode output=StdOut; do
+    name=$(job_field "${option#*=}") || return
+    case ${option%%=*}:$name in
+    *: | mem*:0) ;;
+    qos:normal) ;;
+    gres:*) options+=("--gres=${name//gres:/}") ;;
+    output:*)
+      local file=${name##*/}
+      options+=("--output=${name%/*}/${file//$SLURM_JOB_ID/%j}")
+      ;;
+    *) options+=("--${option%%=*}=$name") ;;
+    esac
+  done
+  name=${1:-$(job_field ExcNodeList)}
+  if [[ -n $name ]]; then options+=(--exclude="$name"); fi
+  if [[ $(job_field OverSubscribe) == NO ]]; then options+=(--exclusive); fi
+  if [[ $(job_field Requeue) == 0 ]]; then options+=(--no-requeue); fi
+  # What Slurm told this job about itself must not reach the next one.
+  for name in $(compgen -e); do
+    case $name in
+    SLURM_CONF) ;;
+    SLURM_* | SLURMD_* | MASTER_* | NNODES | TINY_ONN_TRY | TINY_ONN_NODES) clean+=(-u "$name") ;;
+    esac
+  done
+  submitted=$(env "${clean[@]}" sbatch --parsable "${options[@]}" "$REPO/$SCRIPT" "${ARGUMENTS[@]}") || return
+  say "job $submitted goes on"
+  echo "$submitted" >"$RUN/logs/$TINY_ONN_TRY.successor"
+}
+
+# Queue again after a crash, a bad node or a time limit that came too soon, described by $1, without
+# the nodes in $2, unless the run has made no progress for several tries.
+queue_again_within_budget() {
+  local step before=-1 count=0 file=$RUN/logs/crashes allowed=${TINY_ONN_CRASHES:-3}
+  step=$(committed_step)
+  if [[ -f $file ]]; then read -r before count <"$file"; fi
+  if ((step > before)); then count=0; fi
+  count=$((count + 1))
+  echo "$step $count" >"$file"
+  if ((count > allowed)); then
+    rm -f "$file"
+    die "$1 at committed step $step, $count times without progress, and gave up;" \
+      "the cause is in $RUN/logs/$TINY_ONN_TRY-*.log"
+  fi
+  queue_again "$1 at committed step $step ($count of $allowed tries without progress)" "${2:-}"
+}
+
+# Slurm ended this try. Where it queues the job again itself nothing is to be done; where that is
+# forbidden and nobody asked for the end, a successor goes on.
+after_cancellation() {
+  local reason
+  # The state itself only says COMPLETING until this script has ended.
+  reason=$(job_field Reason)
+  if [[ -n $(job_field PreemptTime) ]]; then reason=preempted; fi
+  say "cancelled or preempted at committed step $(committed_step)${reason:+ ($reason)}"
+  if [[ $(job_field Requeue) == 0 && $reason =~ ^(NodeDown|preempted)$ ]] && ! waiting_successor >/dev/null; then
+    submit_successor || say "could not submit a successor; to go on: sbatch [options] $SCRIPT ${ARGUMENTS[*]}"
+  fi
+  exit 143
+}

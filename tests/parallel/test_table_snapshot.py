@@ -1,0 +1,137 @@
+"""A table is saved as it was at one moment, while its rows go on changing, with no second copy."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.host_buffers import HostBuffers
+from parallel.table_layout import TableConfig, TableError
+from parallel.table_snapshot import TableSnapshot
+from parallel.tables import RowTable
+from tests.parallel.table_runs import SINGLE, Run, make_table, train
+
+LAST = 12
+
+
+def configurations(folder: Path) -> list[TableConfig]:
+    return [
+        TableConfig(),
+        TableConfig(optimizer="adam"),
+        TableConfig(tier="nvme", nvme_path=str(folder), cache_rows=9, direct=False),
+    ]
+
+
+def state_of(table: RowTable) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in table.local_state().items()}
+
+
+def gathered(pieces: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the chunks of a snapshot together again."""
+    fields: dict[str, list[Tensor]] = {}
+    for name in sorted(pieces):
+        fields.setdefault(name.partition("/")[2], []).append(pieces[name])
+    return {name: torch.cat(parts) for name, parts in fields.items()}
+
+
+def test_rows_that_change_while_they_are_read_are_saved_as_they_were(tmp_path: Path) -> None:
+    for cfg in configurations(tmp_path):
+        run = Run(cfg, rows=61)
+        table = make_table(SINGLE, run)
+        train(SINGLE, run, table, last=4)
+        before = state_of(table)
+        source = table.snapshot(HostBuffers(SINGLE), chunk_bytes=700)
+        assert source.in_memory
+        assert len(source.specs) > 5 * len(before)
+        pieces = {}
+        step = 4
+        for name, tensor in source:
+            pieces[name] = tensor.clone()
+            # Between any two tensors of the file a whole step changes rows of all ages.
+            if step < LAST:
+                train(SINGLE, run, table, first=step, last=step + 1)
+                step += 1
+        source.close()
+        saved = gathered(pieces)
+        assert saved.keys() == before.keys()
+        for name, value in before.items():
+            assert torch.equal(saved[name], value), (cfg.tier, cfg.optimizer, name)
+        # What was trained meanwhile is what it would have been.
+        after = state_of(table)
+        table.close()
+        straight = make_table(SINGLE, run)
+        train(SINGLE, run, straight, last=LAST)
+        for name, value in state_of(straight).items():
+            assert torch.equal(after[name], value), name
+        straight.close()
+
+
+def test_an_update_under_way_belongs_to_the_snapshot_behind_it() -> None:
+    table, run = make_table(SINGLE, Run()), Run()
+    train(SINGLE, run, table, last=1)
+    before = state_of(table)
+    rows = table.fetch(run.ids(1, 0, 0))
+    rows.whole().sum().backward()
+    table.accumulate(rows)
+    table.grad_sq_norm()
+    gate = threading.Event()
+    table._thread.submit(gate.wait)
+    table.step(run.lr)
+    source = table.snapshot(None, chunk_bytes=700)
+    gate.set()
+    saved = gathered({name: tensor.clone() for name, tensor in source})
+    source.close()
+    assert not torch.equal(saved["weight"], before["weight"])
+    for name, value in state_of(table).items():
+        assert torch.equal(saved[name], value), name
+    table.close()
+
+
+def test_second_snapshot_waits_its_turn_and_a_closed_one_holds_nothing() -> None:
+    table = make_table(SINGLE, Run())
+    train(SINGLE, Run(), table, last=1)
+    first = table.snapshot(None)
+    with pytest.raises(TableError, match="snapshot before is still being read"):
+        table.snapshot(None)
+    first.close()
+    train(SINGLE, Run(), table, first=1, last=2)
+    assert table._snapshot is not None
+    assert table._snapshot._copies == []
+    second = table.snapshot(None)
+    assert len(list(second)) == len(second.specs)
+    second.close()
+    table.close()
+
+
+def test_step_waits_while_a_slow_reader_lets_copies_pile_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("parallel.table_snapshot.COPIES_FLOOR", 0)
+    monkeypatch.setattr("parallel.table_snapshot.COPIES_SHARE", 0.0)
+    run = Run(all_ids=True)
+    table = make_table(SINGLE, run)
+    source = table.snapshot(None, chunk_bytes=700)
+    train(SINGLE, run, table, last=1)
+    late = threading.Thread(target=train, args=(SINGLE, run, table, 1, 2))
+    late.start()
+    late.join(0.5)
+    assert late.is_alive()
+    # Every row changed once: zero is what they were.
+    assert not any(tensor.any() for name, tensor in source if not name.endswith("/ids"))
+    late.join(10)
+    assert not late.is_alive()
+    source.close()
+    table.close()
+
+
+def test_empty_share_of_a_table_is_one_empty_piece() -> None:
+    table = make_table(SINGLE, Run(rows=1))
+    snapshot = TableSnapshot(table._tier, table._thread, 0, 100)
+    pieces = dict(snapshot.source(1, 2))
+    assert pieces["000000/ids"].shape == (0,)
+    assert pieces["000000/weight"].shape == (0, 12)
+    table.close()
