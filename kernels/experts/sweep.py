@@ -109,8 +109,9 @@ class Work:
 
 def prepare(case: Case) -> Work:
     """Run torch's forward and half of its backward."""
-    x, direction, log_tau, theta, w_in, w_out = (leaf.detach() for leaf in case.leaves)
-    r = route_triton(x, direction, log_tau, theta, case.bias_E, case.step_1, case.spec.route, 128)
+    x, _, _, _, w_in, w_out = (leaf.detach() for leaf in case.leaves)
+    router = case.router([leaf.detach() for leaf in case.leaves])
+    r = route_triton(x, *router, case.spec.route, 128)
     x_PC = spread_triton(x, r.slot_TK, r.token_P, r.ends_E, 128)
     g_PC = spread_triton(case.grad_TC, r.slot_TK, r.token_P, r.ends_E, 128)
     inner = F.grouped_mm(x_PC, w_in.transpose(1, 2), offs=r.ends_E)
