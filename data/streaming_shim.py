@@ -84,6 +84,10 @@ def _stand_ins() -> Iterator[None]:
 with _stand_ins():
     from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
     from streaming.base.dataset import _ShardState as ShardState
+    from streaming.base.format.mds.encodings import _encodings
     from streaming.base.storage.download import CloudDownloader
+
+# A stranger's corpus could name it as the type of a column, and its samples would be code.
+_encodings.pop("pkl", None)
 
 __all__ = ["CloudDownloader", "MDSWriter", "ShardState", "StreamingDataLoader", "StreamingDataset"]

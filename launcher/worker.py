@@ -20,6 +20,7 @@ from launcher import config
 from launcher.components import Components, build
 from launcher.evaluate import text_sample, validate
 from launcher.lifecycle import RunFolder
+from launcher.redact import redact
 from launcher.resume import restore
 from launcher.train import Trainer
 from parallel.checkpoint import CheckpointError
@@ -74,9 +75,12 @@ def main(argv: Sequence[str]) -> int:
         rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TINY_ONN_TRY", "")
         where = Path(argv[0]).parent / f"{attempt}-rank{rank}.traceback"
         with contextlib.suppress(OSError):
-            where.write_text(traceback.format_exc())
-        print(f"rank {rank}: {e}\n(traceback: {where})", file=sys.stderr, flush=True)
+            where.write_text(redact(traceback.format_exc()))
+        print(redact(f"rank {rank}: {e}\n(traceback: {where})"), file=sys.stderr, flush=True)
         # Threads of libraries that wait for a peer must not keep the process.
+        os._exit(1)
+    except Exception:
+        print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
         os._exit(1)
 
 

@@ -28,6 +28,18 @@ def tokens() -> Tensor:
     return torch.randint(512, (64,), generator=torch.Generator().manual_seed(3))
 
 
+def trainer_of(mesh: Mesh, path: Path, overrides: Sequence[str] = ()) -> Trainer:
+    """Do what `tiny-onn pretrain` does until training begins."""
+    cfg = pretrain.resolved(config.load(path, list(overrides)))
+    folder = RunFolder(Path(cfg.runs) / cfg.name).create()
+    pretrain.agree_with_saved(cfg, folder)
+    dist.barrier()
+    if mesh.is_first:
+        config.save(cfg, folder.config)
+    with mock.patch("launcher.components.init_mesh", lambda *_, **__: mesh):
+        return Trainer(cfg, folder)
+
+
 def trained(
     mesh: Mesh, path: Path, overrides: Sequence[str] = (), stop_at: int = 0
 ) -> dict[str, Any]:
@@ -37,14 +49,7 @@ def trained(
         The ids of the samples of each step over all ranks ("samples"), and fp32 logits of
         `tokens()` in documents of LENGTHS by the run's own model ("logits").
     """
-    cfg = pretrain.resolved(config.load(path, list(overrides)))
-    folder = RunFolder(Path(cfg.runs) / cfg.name).create()
-    pretrain.agree_with_saved(cfg, folder)
-    dist.barrier()
-    if mesh.is_first:
-        config.save(cfg, folder.config)
-    with mock.patch("launcher.components.init_mesh", lambda *_, **__: mesh):
-        trainer = Trainer(cfg, folder)
+    trainer = trainer_of(mesh, path, overrides)
     c, samples = trainer.c, []
     original = c.loader.next_step
 
