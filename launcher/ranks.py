@@ -26,6 +26,8 @@ from types import FrameType
 
 import psutil
 
+from launcher.beats import VARIABLE, BeatBoard
+from launcher.hang_watch import HangWatch
 from launcher.lifecycle import LaunchConfig, RunError, RunFolder, RunLock
 from launcher.watchdog import EXIT_HUNG
 
@@ -181,8 +183,6 @@ class _Rank:
     def ending(self) -> str:
         """Say how the process ended."""
         code = self.process.returncode
-        if code == EXIT_HUNG:
-            return "hung and was ended by its watchdog"
         if code >= 0:
             return f"failed with exit code {code}"
         name = signal.Signals(-code).name
@@ -267,10 +267,14 @@ def launch(arguments: Sequence[str], folder: RunFolder, cfg: LaunchConfig) -> in
             place = Rendezvous.from_environment(os.environ)
             # Of the nodes' launchers the first one holds the folder for all.
             lock = stack.enter_context(RunLock(folder)) if place.node == 0 else None
+            board = stack.enter_context(closing(BeatBoard(processes, cfg.first_step_timeout)))
             for local in range(processes):
                 environment = _environment(place, local, processes, cfg, folder.attempt)
-                ranks.append(_start(arguments, environment, folder))
-            return _watch(ranks, signals, lock, place)
+                environment[VARIABLE] = board.variable(local)
+                inherited = board.descriptors(local)
+                ranks.append(_start(arguments, environment, folder, inherited))
+            hangs = HangWatch(ranks, board, folder, place.node, place.nodes)
+            return _watch(ranks, signals, lock, place, hangs)
     except RunError as e:
         folder.refuse(str(e))
         raise
@@ -305,12 +309,19 @@ def _environment(
         environment["TINY_ONN_TERMINAL"] = "1"
     if cfg.threads:
         environment["OMP_NUM_THREADS"] = str(cfg.threads)
+    # The last collectives of every rank, for the report of a hang.
+    environment.setdefault("TORCH_FR_BUFFER_SIZE", "1000")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     environment.setdefault("GLOO_SOCKET_IFNAME", place.interface())
     return environment
 
 
-def _start(arguments: Sequence[str], environment: dict[str, str], folder: RunFolder) -> _Rank:
+def _start(
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    folder: RunFolder,
+    inherited: Sequence[int],
+) -> _Rank:
     rank, parent = int(environment["RANK"]), os.getpid()
     log = folder.logs / f"{folder.attempt}-rank{rank}.log"
 
@@ -326,6 +337,7 @@ def _start(arguments: Sequence[str], environment: dict[str, str], folder: RunFol
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
+            pass_fds=inherited,
             # A group of its own: the terminal's Ctrl-C comes once, from here, and the rank's own
             # workers end with it.
             process_group=0,
@@ -335,11 +347,15 @@ def _start(arguments: Sequence[str], environment: dict[str, str], folder: RunFol
 
 
 def _watch(
-    ranks: Sequence[_Rank], signals: _Signals, lock: RunLock | None, place: Rendezvous
+    ranks: Sequence[_Rank],
+    signals: _Signals,
+    lock: RunLock | None,
+    place: Rendezvous,
+    hangs: HangWatch,
 ) -> int:
     with ExitStack() as stack:
         streams = [stack.enter_context(closing(_Stream(r.log))) for r in ranks if r.rank == 0]
-        return _until_ended(ranks, signals, lock, place, streams)
+        return _until_ended(ranks, signals, lock, place, hangs, streams)
 
 
 def _until_ended(
@@ -347,6 +363,7 @@ def _until_ended(
     signals: _Signals,
     lock: RunLock | None,
     place: Rendezvous,
+    hangs: HangWatch,
     streams: Sequence[_Stream],
 ) -> int:
     while True:
@@ -354,6 +371,9 @@ def _until_ended(
         for stream in streams:
             stream.copy()
         failed = [r for r, code in zip(ranks, codes, strict=True) if code]
+        if hangs.over() or EXIT_HUNG in codes:
+            print(hangs.conclude(), file=sys.stderr, flush=True)
+            return 1
         if failed:
             # A rank that a signal ended is the cause of what its peers then complain about.
             return _failure(min(failed, key=lambda r: r.process.returncode), signals, place)

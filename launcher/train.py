@@ -77,12 +77,12 @@ class Trainer:
                 batches = c.loader.next_step()
                 labels, label_bytes = self._count(batches)
             with recording(c.engine.module, self._due(cfg.stats_every, c.step + 1)) as stats:
-                loss, result = self._forward_backward_step(batches, labels, timer)
+                loss, tables, result = self._forward_backward_step(batches, labels, timer)
             update_controllers(c.engine.module, skipped=result.skipped)
             c.step += 1
             c.tokens += cfg.global_batch * self.cfg.data.seq_len
             bits = loss * labels / math.log(2) / max(label_bytes, 1)
-            record = self._record(loss, bits, result, timer, batches)
+            record = self._record(loss, bits, tables, result, timer, batches)
             c.metrics.step(record, stats)
             c.watchdog.beat(c.step)
             if result.skipped and c.spikes.run_of_spikes:
@@ -107,19 +107,25 @@ class Trainer:
 
     def _forward_backward_step(
         self, batches: Sequence[Batch], labels: int, timer: StepTimer
-    ) -> tuple[float, StepResult]:
-        """Run every micro-batch of a step; returns all ranks' loss in nats per label."""
+    ) -> tuple[float, dict[str, float], StepResult]:
+        """Run every micro-batch of a step.
+
+        Returns:
+            All ranks' loss in nats per label, their tables' numbers by name, what the step did.
+        """
         c, device = self.c, self.c.engine.device
         # Gradients are summed over micro-batches and averaged over ranks: scaled like this they are
         # those of the mean over every label of the global batch, however the labels are spread.
         scale = torch.tensor(c.mesh.world / labels, device=device)
         nll_sum = torch.zeros((), device=device)
+        sums = nll_sum.double()[None]
         result: StepResult | None = None
         loss = math.nan
+        counts: dict[str, int] = {}
 
         def accept(norm: float) -> bool:
             nonlocal loss
-            loss = nll_sum.item() / labels
+            loss = sums[0].item() / labels
             return c.spikes.accept(c.step + 1, loss, norm)
 
         for i, batch in enumerate(batches):
@@ -138,10 +144,13 @@ class Trainer:
             nll_sum += output.nll_sum
             with timer("optimizer"):
                 if batch is batches[-1]:
-                    dist.all_reduce(nll_sum)
+                    counts = {} if c.table is None else c.table.step_numbers()
+                    numbers = torch.tensor([*counts.values()], dtype=torch.float64).to(device)
+                    sums = torch.cat((nll_sum.double()[None], numbers))
+                    dist.all_reduce(sums)
                 result = c.engine.step(accept)
         assert result is not None, "the engine steps at the last micro-batch"
-        return loss, result
+        return loss, dict(zip(counts, sums[1:].tolist(), strict=True)), result
 
     def _count(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """Count labels and the bytes they stand for, over all ranks' batches of this step."""
@@ -158,6 +167,7 @@ class Trainer:
         self,
         loss: float,
         bits_per_byte: float,
+        tables: dict[str, float],
         result: StepResult,
         timer: StepTimer,
         batches: Sequence[Batch],
@@ -169,7 +179,6 @@ class Trainer:
             behind = {} if event is None else {"behind": event}
             event = {"kind": "skipped", "reason": c.spikes.reason, **behind}
         checkpoint, self.checkpoint_seconds = self.checkpoint_seconds, 0.0
-        tables = {} if c.table is None else {k: float(v) for k, v in c.table.stats.items()}
         return StepRecord(
             step=c.step,
             loss=loss,

@@ -2,20 +2,25 @@
 
 A collective with a peer that is gone, a file system that went away or a deadlock holds the main
 thread in C code, where no signal handler and no exception reaches it. The watchdog is a thread:
-when no beat came within the limit it writes all stacks to logs/ and ends the process.
+when no beat came within the limit it leaves its part of the report (`launcher.hang`) and ends the
+process. Every beat is also shown to the launcher (`launcher.beats`), which looks after ranks that
+cannot even do that.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+from launcher.beats import Beater
+from launcher.hang import Word, last_collectives, rank_path, write_words
 from launcher.lifecycle import LaunchConfig, RunFolder
 
 EXIT_HUNG = 86
@@ -36,7 +41,8 @@ class Watchdog:
     def __init__(self, folder: RunFolder, cfg: LaunchConfig, rank: int) -> None:
         """Prepare; `start` begins to watch."""
         self.folder, self.cfg, self.rank = folder, cfg, rank
-        self.report: Path = folder.logs / f"{folder.attempt}-rank{rank}.stacks"
+        self.report = rank_path(folder.logs, folder.attempt, rank)
+        self._beater = Beater()
         self._limit = cfg.first_step_timeout
         self._last, self._doing, self._step = time.monotonic(), "start", -1
         self._paused = 0
@@ -46,6 +52,7 @@ class Watchdog:
     def start(self) -> Watchdog:
         """Watch from now on."""
         self._last = time.monotonic()
+        self._show()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -56,6 +63,7 @@ class Watchdog:
         # Other beats before the first step (model built, checkpoint loaded) do not end the start.
         if doing == "step":
             self._limit = self.cfg.step_timeout
+        self._show()
         if self.rank == 0:
             self.folder.beat(step, doing)
 
@@ -63,18 +71,25 @@ class Watchdog:
     def paused(self) -> Iterator[None]:
         """Do not count the time of this block: for work of unknown length that cannot beat."""
         self._paused += 1
+        self._show()
         try:
             yield
         finally:
             self._paused -= 1
             self._last = time.monotonic()
+            self._show()
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching; the launcher still does."""
+        # What is left (goodbyes to peers) must not take for ever either.
+        self._beater.write(self.cfg.step_timeout, self._step, paused=False, doing="end")
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def _show(self) -> None:
+        self._beater.write(self._limit, self._step, self._paused > 0, self._doing)
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, (self._limit or 10.0) / 4)):
@@ -94,14 +109,17 @@ class Watchdog:
             f"rank {self.rank} hung: nothing ended for {silent:.0f} s since "
             f"'{self._doing}' of step {self._step} (launch.{key} is {limit:.0f} s)"
         )
+        word = Word(self.rank, socket.gethostname(), "", self._step, self._doing, silent)
+        with tempfile.TemporaryFile("w+") as f:
+            faulthandler.dump_traceback(f, all_threads=True)
+            f.seek(0)
+            word.stacks = f.read()
         try:
-            with self.report.open("w") as f:
-                print(what, file=f, flush=True)
-                faulthandler.dump_traceback(f, all_threads=True)
+            word.collectives = last_collectives()
+            write_words(self.report, [word])
             where = f"stacks of all threads in {self.report}"
         except OSError as e:
-            where = f"cannot write {self.report} ({e.strerror}); stacks follow"
-            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            where = f"cannot write {self.report} ({e.strerror}); stacks follow\n{word.stacks}"
         print(f"{what}; {where}", file=sys.stderr, flush=True)
         time.sleep(PEERS_GRACE)
         os._exit(EXIT_HUNG)

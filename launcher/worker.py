@@ -67,21 +67,40 @@ EXPECTED = (
 """Errors whose message says what was found and what to do: a traceback would only hide that."""
 
 
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What a collective call over TCP says when the process at the other end is gone."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns its exit code."""
     try:
         return run(argv)
     except EXPECTED as e:
-        rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TINY_ONN_TRY", "")
-        where = Path(argv[0]).parent / f"{attempt}-rank{rank}.traceback"
-        with contextlib.suppress(OSError):
-            where.write_text(redact(traceback.format_exc()))
-        print(redact(f"rank {rank}: {e}\n(traceback: {where})"), file=sys.stderr, flush=True)
-        # Threads of libraries that wait for a peer must not keep the process.
-        os._exit(1)
+        _end(argv, str(e))
+    except RuntimeError as e:
+        if not any(text in str(e) for text in LOST_PEER):
+            _crash()
+        _end(argv, "lost the connection to another rank; the one that ended first says why")
     except Exception:
-        print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
-        os._exit(1)
+        _crash()
+    return 1
+
+
+def _end(argv: Sequence[str], message: str) -> None:
+    """Say what ended this rank, keep the traceback in a file, and exit with 1."""
+    rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TINY_ONN_TRY", "")
+    where = Path(argv[0]).parent / f"{attempt}-rank{rank}.traceback"
+    with contextlib.suppress(OSError):
+        where.write_text(redact(traceback.format_exc()))
+    print(redact(f"rank {rank}: {message}\n(traceback: {where})"), file=sys.stderr, flush=True)
+    # Threads of libraries that wait for a peer must not keep the process.
+    os._exit(1)
+
+
+def _crash() -> None:
+    """Show the traceback of an error that nobody expected, and exit with 1."""
+    print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -129,6 +129,12 @@ class StepGradient:
         self._total_LPw = torch.empty(self._count, 0, self._width, device=device)
         self._squares_LP = torch.empty(self._count, 0, device=device)
 
+    @property
+    def touched(self) -> int:
+        """Rows of this rank that the step touches so far."""
+        assert self._first is not None
+        return self._used if self._folded else self._first.plan.wanted_N.shape[0]
+
     def begin(self, batch: BatchGradient) -> Callable[[int], None]:
         """Take a micro-batch in; call what is returned behind each of its `put`s."""
         self.batches += 1

@@ -251,6 +251,11 @@ class RowTable:
         self._require_gradient("grad_sq_norm")
         return self._exchange.add_up(self._gradient.squared_norm())
 
+    def step_numbers(self) -> dict[str, int]:
+        """Return what `stats` will be behind this step, on this rank."""
+        touched = self._gradient.touched if self._gradient.batches else 0
+        return {**self._counts, "owned_rows": touched, **self._tier.stats}
+
     def step(self, lr: float, clip_coefficient: float | Tensor = 1.0) -> None:
         """Step the rows that this step's micro-batches touched, and no others.
 
@@ -279,13 +284,14 @@ class RowTable:
         self._thread.submit(
             partial(self._update, rule, rows_P, part_of, ahead, self._snapshot), "update"
         )
-        self._finish_step(rows_P.shape[0])
+        self._finish_step()
 
     def skip(self) -> None:
         """Drop this step's gradients; the rows stay as they are."""
         if self._ahead is not None and self._ahead.deferred_N.shape[0]:
             self._read_deferred(self._ahead)
-        self._finish_step(0)
+        self._gradient.clear()
+        self._finish_step()
 
     def snapshot(self, buffers: HostBuffers | None, chunk_bytes: int = CHUNK_BYTES) -> TensorSource:
         """Return this rank's rows as of the last step, to be written while training goes on.
@@ -359,7 +365,8 @@ class RowTable:
         """
         self._thread.drain()
         self._ahead = None
-        self._finish_step(0)
+        self._gradient.clear()
+        self._finish_step()
         owned = OwnedRows(self.name, self.rows, self.mesh, self.layout)
         for shard in shards:
             local_N, fields = owned.of(shard)
@@ -544,11 +551,11 @@ class RowTable:
             0,
         )
 
-    def _finish_step(self, stepped: int) -> None:
+    def _finish_step(self) -> None:
         for parts in self._open:
             parts.release()
         self._open.clear()
         self._fetched.clear()
+        self.stats = self.step_numbers()
         self._gradient.clear()
-        self.stats = {**self._counts, "owned_rows": stepped, **self._tier.stats}
         self._reset_counts()

@@ -44,6 +44,56 @@ class RouteSpec:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """How one grouped product of ours is tiled.
+
+    Attributes:
+        n: columns of a tile.
+        k: depth of a step.
+        warps: of a program.
+        stages: of the software pipeline.
+        flatten: pipeline across the tiles of a program, too.
+        per_unit: programs per multiprocessor.
+        m: rows of a weight gradient's tile; rows of pairs come in tiles of 128.
+    """
+
+    n: int = 256
+    k: int = 64
+    warps: int = 8
+    stages: int = 4
+    flatten: bool = True
+    per_unit: int = 1
+    m: int = 128
+
+
+@dataclass(frozen=True)
+class ProductTiles:
+    """Which grouped products are our own, and their tiles; None leaves one to torch.
+
+    Attributes:
+        up: gather of x, W_in and the activation in one kernel.
+        down: W_out.
+        dh: gather of the upstream gradient, W_out^T and the activation's backward in one kernel.
+        dx: W_in^T.
+        dw_in: gradient of W_in, with the gather of x.
+        dw_out: gradient of W_out, with the gather of the upstream gradient.
+    """
+
+    up: Tiles | None = None
+    down: Tiles | None = None
+    dh: Tiles | None = None
+    dx: Tiles | None = None
+    dw_in: Tiles | None = None
+    dw_out: Tiles | None = None
+
+    @property
+    def align(self) -> int:
+        """Rows that groups are padded to: whole tiles for our own products, none for torch's."""
+        own = (self.up, self.down, self.dh, self.dx, self.dw_in, self.dw_out)
+        return 128 if any(tiles is not None for tiles in own) else 1
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What the layer does.
 
@@ -52,9 +102,11 @@ class LayerSpec:
         route: how experts are chosen.
         surprise: what the router learns from Surprise; None when evaluating or switched off.
         surrogate_width: how far, in units of z, the gradient reaches across the threshold.
+        products: which grouped products of the Triton layer are our own.
     """
 
     activation: Activation
     route: RouteSpec
     surprise: SurpriseSpec | None = field(default_factory=SurpriseSpec)
     surrogate_width: float = 1.0
+    products: ProductTiles = field(default_factory=ProductTiles)

@@ -16,11 +16,14 @@ from torch import Tensor
 from kernels.experts.activation import Activation, inner_width
 from kernels.experts.api import Implementation as Products
 from kernels.experts.layer import Router, logits, run_decided
-from kernels.experts.router import fire
-from kernels.experts.spec import LayerSpec, RouteSpec
+from kernels.experts.router import explore, fire
+from kernels.experts.spec import LayerSpec, ProductTiles, RouteSpec
 from kernels.experts.surprise import SurpriseSpec
 from kernels.experts.triton_layer import dynmoe_triton, route
 from kernels.experts.triton_route import Routing
+
+FIRST = 101
+"""Index of the first token; only exploration looks at it."""
 
 LEAVES = ("x", "direction", "log_tau", "theta", "w_in", "w_out", "scale")
 
@@ -46,7 +49,7 @@ class Case(NamedTuple):
 
     def router(self, leaves: list[Tensor]) -> Router:
         """Return the router of (a copy of) the leaves."""
-        return Router(leaves[1], leaves[2], leaves[3], self.bias_E, self.step_1)
+        return Router(leaves[1], leaves[2], leaves[3], self.bias_E, self.step_1, FIRST)
 
 
 def random_case(
@@ -65,6 +68,7 @@ def random_case(
     surrogate_width: float = 1.0,
     bias_weighs: bool = True,
     favour: int | None = None,
+    products: ProductTiles | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
@@ -96,6 +100,7 @@ def random_case(
         route=RouteSpec(width**0.5, theta_0, fewest, most, bias_weighs, stride),
         surprise=surprise,
         surrogate_width=surrogate_width,
+        products=products or ProductTiles(),
     )
     return Case(
         [leaf.requires_grad_() for leaf in leaves],
@@ -128,13 +133,11 @@ def wrong_decisions(case: Case, routing: Routing, tolerance: float) -> list[str]
     if not torch.allclose(routing.z_TE.double(), z, rtol=tolerance, atol=tolerance):
         bad.append(f"z is off by {float((routing.z_TE.double() - z).abs().max()):.2e}")
     explored = routing.state_TE == 2
-    wanted = torch.zeros(T, dtype=torch.bool, device=x.device)
+    wanted = torch.zeros_like(explored)
     if spec.stride:
-        offset = int(case.step_1) * 2654435761 % spec.stride
-        wanted = torch.arange(T, device=x.device) % spec.stride == offset
-    wanted &= fired.sum(1) < E
-    if not torch.equal(explored.sum(1), wanted.long()):
-        bad.append("not exactly the chosen tokens explore one expert each")
+        wanted = explore(z, fired, router.step_1, spec.stride, router.first)
+    if not torch.equal(explored, wanted):
+        bad.append("not exactly the chosen tokens explore the chosen expert each")
     p = torch.softmax(torch.where(fired, routing.z_TE.double(), -torch.inf), 1)
     if not torch.allclose(routing.p_TE.double(), p, rtol=1e-5, atol=1e-6):
         bad.append("p is not the softmax over the fired experts")
@@ -210,18 +213,24 @@ def _shown(case: Case) -> list[str]:
     return ["expert_surprise", "surprise", "router_loss", "agreement"] if teaches else []
 
 
-def run_triton(case: Case, routing: Routing, stats: dict[str, Tensor] | None = None) -> Tensor:
+def run_triton(
+    case: Case,
+    routing: Routing,
+    stats: dict[str, Tensor] | None = None,
+    counts_X: Tensor | None = None,
+) -> Tensor:
     """Run the Triton layer on a case's own leaves."""
     x, direction, log_tau, theta, w_in, w_out, *scale = case.leaves
     return dynmoe_triton(
         x, direction, log_tau, theta, w_in, w_out, routing, case.spec,
-        hidden_scale_TF=scale[0] if scale else None, loss_scale=case.loss_scale, stats=stats,
+        hidden_scale_TF=scale[0] if scale else None, loss_scale=case.loss_scale,
+        stats=stats, counts_X=counts_X,
     )  # fmt: skip
 
 
 def decide(case: Case) -> Routing:
     """Route a case's tokens by Triton."""
-    return route(case.leaves[0], *case.router(case.leaves), case.spec.route)
+    return route(case.leaves[0], *case.router(case.leaves), case.spec)
 
 
 def compare(case: Case, tolerance: float = 1e-5) -> Report:
@@ -234,9 +243,15 @@ def compare(case: Case, tolerance: float = 1e-5) -> Report:
     routing = decide(case)
     report = Report(wrong_decisions(case, routing, tolerance))
     stats: dict[str, Tensor] = {}
-    y = run_triton(case, routing, stats)
+    counts_X = torch.zeros(
+        case.leaves[1].shape[0] + 1, dtype=torch.int64, device=case.grad_TC.device
+    )
+    y = run_triton(case, routing, stats, counts_X)
     grads = torch.autograd.grad(y, case.leaves, case.grad_TC)
     ours = [y.detach(), *grads, *(stats[name] for name in _shown(case))]
+    fired_E = (routing.state_TE == 1).sum(0)
+    if not torch.equal(counts_X, torch.cat([fired_E, fired_E.new_tensor([len(case.grad_TC)])])):
+        report.decisions.append("the counter does not hold the tokens fired per expert")
     exact = _reference(case, routing, torch.float64, "loop")
     plain = _reference(case, routing, case.leaves[0].dtype, "grouped")
     names = ["y", *LEAVES[: len(case.leaves)], *_shown(case)]

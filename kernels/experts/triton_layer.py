@@ -1,8 +1,11 @@
 """The whole DynMoE layer on a GPU as one differentiable function: router, experts, Surprise.
 
-    forward    route, place | spread x | W_in | activation | W_out | combine
-    backward   spread x, g | W_out^T | activation, norms | three products | lesson | combine dx |
-               directions, finish
+    forward    route, place | spread x, W_in, activation | W_out | combine
+    backward   spread g, W_out^T, activation with norms | three products | |g| | lesson |
+               combine dx | directions, finish
+
+A grouped product is torch's, or our own with the gather and the activation inside it
+(`triton_products.py`), as `LayerSpec.products` says.
 
 The gates are in the rows that the backward's products read (gate * dinner, gate * h), so that no
 row is scaled for itself, dx needs no weights, and an explored pair (gate 0) costs nothing but its
@@ -24,11 +27,27 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.experts.activation import inner_width
-from kernels.experts.spec import LayerSpec, RouteSpec
-from kernels.experts.triton_activation import activation_backward_triton, activation_triton
+from kernels.experts.spec import LayerSpec
+from kernels.experts.triton_activation import (
+    HiddenRows,
+    activation_backward_triton,
+    activation_triton,
+)
 from kernels.experts.triton_lesson import direction_grads_triton, lesson_triton
+from kernels.experts.triton_products import (
+    down_product,
+    dx_product,
+    hidden_gradients,
+    up_product,
+    weight_gradient,
+)
 from kernels.experts.triton_route import Routing, route_triton
-from kernels.experts.triton_rows import combine_dx_triton, combine_triton, spread_triton
+from kernels.experts.triton_rows import (
+    combine_dx_triton,
+    combine_triton,
+    norm_triton,
+    spread_triton,
+)
 
 
 def supports(x_TC: Tensor, w_out_ECF: Tensor) -> str | None:
@@ -48,10 +67,6 @@ def supports(x_TC: Tensor, w_out_ECF: Tensor) -> str | None:
     return None
 
 
-ALIGN = 1
-"""Groups start right behind each other: torch's grouped product takes any ends."""
-
-
 def route(
     x_TC: Tensor,
     direction_EC: Tensor,
@@ -59,13 +74,88 @@ def route(
     theta_E: Tensor,
     bias_E: Tensor,
     step_1: Tensor,
-    spec: RouteSpec,
+    first: int,
+    spec: LayerSpec,
 ) -> Routing:
     """Decide which experts every token runs; see `route_triton`."""
     return route_triton(
         x_TC.detach().contiguous(), direction_EC.detach().contiguous(), log_tau.detach(),
-        theta_E.detach(), bias_E, step_1, spec, ALIGN,
+        theta_E.detach(), bias_E, step_1, first, spec.route, spec.products.align,
     )  # fmt: skip
+
+
+def _spread(x_TW: Tensor, r: Routing, spec: LayerSpec) -> Tensor:
+    return spread_triton(x_TW, r.slot_TK, r.token_P, r.ends_E, spec.products.align)
+
+
+def _forward(
+    x_TC: Tensor,
+    w_in_EIC: Tensor,
+    w_out_ECF: Tensor,
+    scale_TF: Tensor | None,
+    r: Routing,
+    spec: LayerSpec,
+) -> tuple[Tensor, Tensor]:
+    """Inner rows [P, I] and expert outputs [P, C]."""
+    tiles = spec.products
+    if tiles.up is not None:
+        inner_PI, h_PF = up_product(spec.activation, x_TC, w_in_EIC, scale_TF, r, tiles.up)
+    else:
+        x_PC = _spread(x_TC, r, spec)
+        inner_PI = F.grouped_mm(x_PC, w_in_EIC.transpose(1, 2), offs=r.ends_E)
+        del x_PC
+        h_PF = activation_triton(spec.activation, inner_PI, scale_TF, r.token_P, r.ends_E)
+    if tiles.down is not None:
+        return inner_PI, down_product(h_PF, w_out_ECF, r, tiles.down)
+    return inner_PI, F.grouped_mm(h_PF, w_out_ECF.transpose(1, 2), offs=r.ends_E)
+
+
+def _backward(
+    x_TC: Tensor,
+    g_TC: Tensor,
+    w_in_EIC: Tensor,
+    w_out_ECF: Tensor,
+    scale_TF: Tensor | None,
+    inner_PI: Tensor,
+    unit: Tensor | None,
+    r: Routing,
+    spec: LayerSpec,
+) -> tuple[HiddenRows, Tensor, Tensor, Tensor]:
+    """Hidden rows, dx rows [P, C] and the weights' gradients."""
+    tiles = spec.products
+    g_PC = g_TC
+    if tiles.dh is None or tiles.dw_out is None:
+        g_PC = _spread(g_TC, r, spec)
+    if tiles.dh is not None:
+        hidden = hidden_gradients(
+            spec.activation, g_TC, w_out_ECF, inner_PI, scale_TF, r, unit, tiles.dh
+        )
+    else:
+        dh_PF = F.grouped_mm(g_PC, w_out_ECF, offs=r.ends_E)
+        hidden = activation_backward_triton(
+            spec.activation, inner_PI, dh_PF, scale_TF, r.token_P, r.gate_P, r.ends_E, unit
+        )
+        del dh_PF
+    if tiles.dw_out is not None:
+        dw_out_ECF = weight_gradient(
+            g_TC, hidden.h_PF, r, tiles.dw_out, gather_a=True, gather_b=False
+        )
+    else:
+        dw_out_ECF = F.grouped_mm(g_PC.t(), hidden.h_PF, offs=r.ends_E)
+    del g_PC
+    if tiles.dw_in is not None:
+        dw_in_EIC = weight_gradient(
+            hidden.dinner_PI, x_TC, r, tiles.dw_in, gather_a=False, gather_b=True
+        )
+    else:
+        x_PC = _spread(x_TC, r, spec)
+        dw_in_EIC = F.grouped_mm(hidden.dinner_PI.t(), x_PC, offs=r.ends_E)
+        del x_PC
+    if tiles.dx is not None:
+        dx_PC = dx_product(hidden.dinner_PI, w_in_EIC, r, tiles.dx)
+    else:
+        dx_PC = F.grouped_mm(hidden.dinner_PI, w_in_EIC, offs=r.ends_E)
+    return hidden, dx_PC, dw_in_EIC, dw_out_ECF
 
 
 class _Layer(torch.autograd.Function):
@@ -85,17 +175,13 @@ class _Layer(torch.autograd.Function):
         spec: LayerSpec,
         stats: dict[str, Tensor] | None,
     ) -> Tensor:
-        r = routing
-        x_PC, _, _ = spread_triton(x_TC, None, r.slot_TK, r.token_P, r.ends_E, ALIGN)
-        inner_PI = F.grouped_mm(x_PC, w_in_EIC.transpose(1, 2), offs=r.ends_E)
-        h_PF = activation_triton(spec.activation, inner_PI, scale_TF, r.token_P, r.ends_E)
-        y_PC = F.grouped_mm(h_PF, w_out_ECF.transpose(1, 2), offs=r.ends_E)
+        inner_PI, y_PC = _forward(x_TC, w_in_EIC, w_out_ECF, scale_TF, routing, spec)
         ctx.spec, ctx.stats, ctx.counts_X = spec, stats, counts_X
         ctx.save_for_backward(
             x_TC, direction_EC, log_tau, theta_E, w_in_EIC, w_out_ECF, scale_TF, loss_scale,
             inner_PI, *routing,
         )  # fmt: skip
-        return combine_triton(y_PC, r.slot_TK, r.gate_TK, weighted=True)
+        return combine_triton(y_PC, routing.slot_TK, routing.gate_TK, weighted=True)
 
     @staticmethod
     @once_differentiable
@@ -106,19 +192,12 @@ class _Layer(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         r, spec = Routing(*rest), ctx.spec
         teach = spec.surprise
-        x_PC, g_PC, g_norm_T = spread_triton(
-            x_TC, grad_TC.contiguous(), r.slot_TK, r.token_P, r.ends_E, ALIGN
+        grad_TC = grad_TC.contiguous()
+        unit = loss_scale if teach is not None and teach.kind == "param_grad" else None
+        hidden, dx_PC, dw_in_EIC, dw_out_ECF = _backward(
+            x_TC, grad_TC, w_in_EIC, w_out_ECF, scale_TF, inner_PI, unit, r, spec
         )
-        assert g_PC is not None
-        dh_PF = F.grouped_mm(g_PC, w_out_ECF, offs=r.ends_E)
-        norms = teach is not None and teach.kind == "param_grad"
-        hidden = activation_backward_triton(
-            spec.activation, inner_PI, dh_PF, scale_TF, r.token_P, r.gate_P, r.ends_E,
-            loss_scale if norms else None,
-        )  # fmt: skip
-        dx_PC = F.grouped_mm(hidden.dinner_PI, w_in_EIC, offs=r.ends_E)
-        dw_in_EIC = F.grouped_mm(hidden.dinner_PI.t(), x_PC, offs=r.ends_E)
-        dw_out_ECF = F.grouped_mm(g_PC.t(), hidden.h_PF, offs=r.ends_E)
+        g_norm_T = norm_triton(grad_TC) if teach is not None else None
         grads = lesson_triton(r, hidden, g_norm_T, loss_scale, log_tau, spec)
         dx_TC = combine_dx_triton(
             dx_PC, r.slot_TK, r.gate_TK, x_TC, grads.a_TE, grads.centre_T, direction_EC

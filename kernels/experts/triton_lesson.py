@@ -48,10 +48,10 @@ class RouterGrads(NamedTuple):
 def _lesson_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     s_ptr, z_ptr, p_ptr, state_ptr, x_inv_ptr, w_inv_ptr, place_ptr,
     dp_ptr, h_sq_ptr, dinner_sq_ptr, g_norm_ptr, unit_ptr, log_tau_ptr,
-    a_ptr, centre_ptr, sums_ptr, totals_ptr, T,
+    a_ptr, centre_ptr, sums_ptr, totals_ptr, T, P,
     tau_0, inverse_width, temperature, kl_weight, ce_weight, coefficient,
-    E: tl.constexpr, TEACH: tl.constexpr, NORMS: tl.constexpr, GATED: tl.constexpr,
-    RELATIVE: tl.constexpr, SURROGATE: tl.constexpr,
+    E: tl.constexpr, PARTS: tl.constexpr, TEACH: tl.constexpr, NORMS: tl.constexpr,
+    GATED: tl.constexpr, RELATIVE: tl.constexpr, SURROGATE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -69,6 +69,8 @@ def _lesson_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     w_inv = tl.load(w_inv_ptr + columns, mask=column_mask, other=0.0)
     fired, runs = state == 1, state > 0
     dp = tl.load(dp_ptr + place, mask=runs, other=0.0)
+    for part in range(1, PARTS):
+        dp += tl.load(dp_ptr + part * P.to(tl.int64) + place, mask=runs, other=0.0)
 
     # Of every expert beside the fired ones: exp(z) / sum over fired exp(z).
     top = tl.max(tl.where(fired, z, -float("inf")), axis=1)
@@ -94,6 +96,10 @@ def _lesson_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
         if NORMS:
             h_sq = tl.load(h_sq_ptr + place, mask=runs, other=0.0)
             dinner_sq = tl.load(dinner_sq_ptr + place, mask=runs, other=0.0)
+            for part in range(1, PARTS):
+                part_at = part * P.to(tl.int64) + place
+                h_sq += tl.load(h_sq_ptr + part_at, mask=runs, other=0.0)
+                dinner_sq += tl.load(dinner_sq_ptr + part_at, mask=runs, other=0.0)
             x_norm = tl.where(x_inv > 0, 1.0 / x_inv, 0.0)
             surprise = tl.sqrt((g * g)[:, None] * h_sq + dinner_sq * (x_norm * x_norm)[:, None])
         else:
@@ -157,7 +163,7 @@ def lesson_triton(
 
     Args:
         routing: what ran.
-        hidden: dp and the squared norms by row.
+        hidden: dp and the squared norms by row, [P], or in parts to be added up, [parts, P].
         g_norm_T: |g| of every token, fp32; needed with Surprise.
         unit: the loss scale, 0-dim fp32; needed with Surprise.
         log_tau: [1].
@@ -181,10 +187,11 @@ def lesson_triton(
     _lesson_kernel[(N,)](
         routing.s_TE, routing.z_TE, routing.p_TE, routing.state_TE, routing.x_inv_T,
         routing.w_inv_E, routing.place_TE, hidden.dp_P, hidden.h_sq_P, hidden.dinner_sq_P,
-        g_norm_T, unit, log_tau, *out, T,
+        g_norm_T, unit, log_tau, *out, T, hidden.dp_P.shape[-1],
         spec.route.tau_0, 1.0 / width if width > 0 else 0.0,
         known.temperature, known.kl_weight, known.ce_weight, known.coefficient,
-        E=E, TEACH=teach is not None, NORMS=known.kind == "param_grad", GATED=known.gated,
+        E=E, PARTS=hidden.dp_P.numel() // hidden.dp_P.shape[-1], TEACH=teach is not None,
+        NORMS=known.kind == "param_grad", GATED=known.gated,
         RELATIVE=known.normalise == "mean", SURROGATE=width > 0,
         BLOCK_T=block_t, BLOCK_E=block_e, num_warps=4,
     )  # fmt: skip
@@ -246,12 +253,12 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         blocks = n + tl.arange(0, BLOCK_N)
         block_mask = blocks < N
         mask = block_mask[:, None] & expert_mask[None, :]
-        at = sums_ptr + blocks[:, None] * 4 * E + experts[None, :]
-        ds_s += tl.sum(tl.load(at + E, mask=mask, other=0.0), axis=0)
+        sums_at = sums_ptr + blocks[:, None] * 4 * E + experts[None, :]
+        ds_s += tl.sum(tl.load(sums_at + E, mask=mask, other=0.0), axis=0)
         if pid == 0:
-            dz += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
-            fired += tl.sum(tl.load(at + 2 * E, mask=mask, other=0.0), axis=0)
-            surprise += tl.sum(tl.load(at + 3 * E, mask=mask, other=0.0), axis=0)
+            dz += tl.sum(tl.load(sums_at, mask=mask, other=0.0), axis=0)
+            fired += tl.sum(tl.load(sums_at + 2 * E, mask=mask, other=0.0), axis=0)
+            surprise += tl.sum(tl.load(sums_at + 3 * E, mask=mask, other=0.0), axis=0)
             total_at = totals_ptr + blocks * 4
             loss += tl.sum(tl.load(total_at, mask=block_mask, other=0.0), axis=0)
             taught += tl.sum(tl.load(total_at + 1, mask=block_mask, other=0.0), axis=0)
@@ -278,9 +285,9 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         tl.store(scalars_ptr + 1, loss / tl.maximum(taught, 1.0))
         tl.store(scalars_ptr + 2, agree / tl.maximum(taught, 1.0))
         if COUNT:
-            at = counter_ptr + experts
-            count = tl.load(at, mask=expert_mask, other=0) + fired.to(tl.int64)
-            tl.store(at, count, mask=expert_mask)
+            counter_at = counter_ptr + experts
+            count = tl.load(counter_at, mask=expert_mask, other=0) + fired.to(tl.int64)
+            tl.store(counter_at, count, mask=expert_mask)
             tl.store(counter_ptr + E, tl.load(counter_ptr + E) + T)
 
 

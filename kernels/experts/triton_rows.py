@@ -16,93 +16,77 @@ from torch import Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _spread_row(  # type: ignore[no-untyped-def]
-    source_ptr, slot_ptr, rows_ptr, t, columns, mask, W: tl.constexpr, K: tl.constexpr
-):
-    """Copy row t of the source to the rows of its slots; returns it."""
-    row = tl.load(source_ptr + t * W + columns, mask=mask, other=0.0)
-    for k in range(K):
-        place = tl.load(slot_ptr + t * K + k)
-        if place >= 0:
-            tl.store(rows_ptr + place.to(tl.int64) * W + columns, row, mask=mask)
-    return row
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _clear_padding(  # type: ignore[no-untyped-def]
-    token_ptr, end_ptr, a_ptr, b_ptr, part, columns, mask,
-    W: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr, TWO: tl.constexpr,
-):  # fmt: skip
-    """Write zeros to one expert's padding rows, every PARTS-th of them."""
-    end = tl.load(end_ptr + part // PARTS)
-    start = 0
-    if part >= PARTS:
-        start = tl.load(end_ptr + part // PARTS - 1)
-    for back in range(1 + part % PARTS, ALIGN, PARTS):
-        row = (end - back).to(tl.int64)
-        if row >= start:  # noqa: SIM102 (both sides of an `and` would be evaluated)
-            if tl.load(token_ptr + row) < 0:
-                zero = tl.zeros_like(columns).to(a_ptr.dtype.element_ty)
-                tl.store(a_ptr + row * W + columns, zero, mask=mask)
-                if TWO:
-                    tl.store(b_ptr + row * W + columns, zero, mask=mask)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _spread_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, g_ptr, slot_ptr, token_ptr, end_ptr, x_rows_ptr, g_rows_ptr, g_norm_ptr, T,
+    x_ptr, slot_ptr, token_ptr, end_ptr, rows_ptr, T,
     W: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr,
-    TWO: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     columns = tl.arange(0, BLOCK_W)
     mask = columns < W
     if pid < T:
         t = pid.to(tl.int64)
-        _spread_row(x_ptr, slot_ptr, x_rows_ptr, t, columns, mask, W, K)
-        if TWO:
-            g = _spread_row(g_ptr, slot_ptr, g_rows_ptr, t, columns, mask, W, K).to(tl.float32)
-            tl.store(g_norm_ptr + t, tl.sqrt(tl.sum(g * g, axis=0)))
+        row = tl.load(x_ptr + t * W + columns, mask=mask, other=0.0)
+        for k in range(K):
+            place = tl.load(slot_ptr + t * K + k)
+            if place >= 0:
+                tl.store(rows_ptr + place.to(tl.int64) * W + columns, row, mask=mask)
     else:
-        _clear_padding(
-            token_ptr, end_ptr, x_rows_ptr, g_rows_ptr, pid - T, columns, mask,
-            W, ALIGN, PARTS, TWO,
-        )  # fmt: skip
+        # Every PARTS-th padding row of one expert.
+        part = pid - T
+        end = tl.load(end_ptr + part // PARTS)
+        start = 0
+        if part >= PARTS:
+            start = tl.load(end_ptr + part // PARTS - 1)
+        zero = tl.zeros([BLOCK_W], dtype=rows_ptr.dtype.element_ty)
+        for back in range(1 + part % PARTS, ALIGN, PARTS):
+            padding = end - back
+            if padding >= start:  # noqa: SIM102 (both sides of an `and` would be evaluated)
+                if tl.load(token_ptr + padding) < 0:
+                    tl.store(rows_ptr + padding.to(tl.int64) * W + columns, zero, mask=mask)
 
 
 def spread_triton(
-    x_TW: Tensor,
-    g_TW: Tensor | None,
-    slot_TK: Tensor,
-    token_P: Tensor,
-    ends_E: Tensor,
-    align: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Copy every token's row of x, and of g, to the rows of its pairs; padding rows become zero.
+    x_TW: Tensor, slot_TK: Tensor, token_P: Tensor, ends_E: Tensor, align: int
+) -> Tensor:
+    """Copy every token's row to the rows of its pairs, [P, W]; padding rows become zero.
 
     Args:
         x_TW: contiguous rows.
-        g_TW: contiguous rows of the same type, or None.
         slot_TK: see `Routing`.
         token_P: see `Routing`.
         ends_E: see `Routing`.
         align: of the groups.
-
-    Returns:
-        (x rows [P, W], g rows [P, W], |g| of every token, fp32); the last two None without g.
     """
     (T, W), P, K = x_TW.shape, token_P.shape[0], slot_TK.shape[1]
     x_PW = torch.empty(P, W, dtype=x_TW.dtype, device=x_TW.device)
-    g_PW = torch.empty_like(x_PW) if g_TW is not None else None
-    norm_T = torch.empty(T, dtype=torch.float32, device=x_TW.device) if g_TW is not None else None
     parts = 8
     block = triton.next_power_of_2(W)
     _spread_kernel[(T + (ends_E.shape[0] * parts if align > 1 else 0),)](
-        x_TW, g_TW, slot_TK, token_P, ends_E, x_PW, g_PW, norm_T, T,
-        W=W, K=K, ALIGN=align, PARTS=parts, TWO=g_TW is not None, BLOCK_W=block,
+        x_TW, slot_TK, token_P, ends_E, x_PW, T,
+        W=W, K=K, ALIGN=align, PARTS=parts, BLOCK_W=block,
         num_warps=max(1, min(8, block // 512)),
     )  # fmt: skip
-    return x_PW, g_PW, norm_T
+    return x_PW
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, norm_ptr, W: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_W)
+    x = tl.load(x_ptr + t * W + columns, mask=columns < W, other=0.0).to(tl.float32)
+    tl.store(norm_ptr + t, tl.sqrt(tl.sum(x * x, axis=0)))
+
+
+def norm_triton(x_TW: Tensor) -> Tensor:
+    """Norm of every row, fp32 [T]."""
+    T, W = x_TW.shape
+    norm_T = torch.empty(T, dtype=torch.float32, device=x_TW.device)
+    block = triton.next_power_of_2(W)
+    _norm_kernel[(T,)](x_TW, norm_T, W=W, BLOCK_W=block, num_warps=max(1, min(8, block // 512)))
+    return norm_T
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -201,8 +185,9 @@ def combine_dx_triton(
     """
     (T, C), E, K = x_TC.shape, a_TE.shape[1], slot_TK.shape[1]
     out_TC = torch.empty_like(x_TC)
-    block_t, block_c = 32, min(128, max(16, triton.next_power_of_2(C)))
     half = x_TC.dtype == torch.bfloat16 and direction_EC.dtype == torch.bfloat16
+    # An fp32 product has no tensor core and keeps its operands in registers.
+    block_t, block_c = 32, min(128 if half else 32, max(16, triton.next_power_of_2(C)))
     _combine_dx_kernel[(triton.cdiv(T, block_t), triton.cdiv(C, block_c))](
         rows_PC, slot_TK, gate_TK, x_TC, a_TE, centre_T, direction_EC, out_TC, T,
         C=C, E=E, K=K, HALF=half, BLOCK_T=block_t, BLOCK_C=block_c,

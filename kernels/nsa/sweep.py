@@ -9,13 +9,16 @@ their time is compilation; the timing process then finds the kernels compiled.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
+import pickle
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +34,8 @@ Plan = tuple[str, str]
 
 STAGE_OF = {
     "forward": "forward compressed",
-    "finish_forward": "forward selected+window+merge",
+    "window_forward": "forward window",
+    "combine_rows": "forward selected+merge",
     "piece_forward": "forward of it selected",
     "grad_q": "backward dq+merge",
     "grad_kv": "backward compressed dkv",
@@ -46,20 +50,26 @@ STAGE_OF = {
 """The stage of `bench.stages` that shows what a field of the table is worth."""
 
 VARIANTS: dict[str, tuple[Any, ...]] = {
-    "finish_forward": tuple(
-        TileConfig(*x)
-        for x in ((64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 4, 3))
+    "window_forward": (
+        TileConfig(64, 64, 4, 2),
+        TileConfig(128, 64, 8, 3, True),
+        TileConfig(128, 128, 8, 2, True),
     ),
-    "grad_q": tuple(TileConfig(*x) for x in ((64, 32, 4, 3), (128, 64, 8, 2), (64, 64, 4, 3))),
+    "combine_rows": (8, 32),
+    "grad_q": tuple(TileConfig(*x) for x in ((64, 32, 4, 2), (64, 32, 4, 3))),
     "score": tuple(
         TileConfig(*x) for x in ((64, 128, 4, 2), (64, 128, 4, 3, True), (64, 256, 4, 2, True))
     ),
-    "selected_forward": (TileConfig(64, 64, 4, 3),),
-    "selected_backward": (TileConfig(64, 64, 4, 2),),
+    "selected_forward": (
+        TileConfig(64, 64, 4, 3),
+        TileConfig(64, 64, 4, 2, True),
+        TileConfig(64, 64, 4, 4, True),
+    ),
+    "selected_backward": (TileConfig(64, 64, 4, 2), TileConfig(64, 64, 4, 2, True)),
     "forward": (TileConfig(128, 128, 8, 3), TileConfig(128, 64, 8, 3, True)),
     "grad_kv": (TileConfig(64, 128, 8, 3), TileConfig(64, 128, 8, 2, True)),
     "window_grad_kv": (TileConfig(64, 64, 4, 2), TileConfig(64, 128, 8, 2, True)),
-    "piece_forward": (32, 128, 256),
+    "piece_forward": (128,),
     "piece_backward": (128, 512),
     "partial_rows": (4096 * 64 * 16, 16384 * 64 * 16),
 }
@@ -67,8 +77,8 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
 GLUON = {
     "score": TileConfig(64, 256, 4, 3, True),
     "forward": TileConfig(128, 128, 8, 2, True),
-    "selected_forward": TileConfig(64, 64, 4, 2, True),
-    "selected_backward": TileConfig(64, 64, 4, 2, True),
+    "selected_forward": TileConfig(64, 64, 4, 3, True),
+    "selected_backward": TileConfig(64, 64, 4, 3, True),
     "grad_kv": TileConfig(64, 128, 8, 3, True),
     "window_grad_kv": TileConfig(64, 128, 8, 3, True),
 }
@@ -76,7 +86,7 @@ GLUON = {
 
 
 def check(configs: KernelConfigs, heads: int, groups: int, dim: int) -> list[str]:
-    """Errors of forward and backward under these tiles; runs in a process of its own."""
+    """Errors of forward and backward under these tiles."""
     from kernels.nsa import triton_config
     from kernels.nsa.triton_api import nsa_attention_triton
     from kernels.nsa.triton_check import compare, random_case
@@ -86,9 +96,26 @@ def check(configs: KernelConfigs, heads: int, groups: int, dim: int) -> list[str
     return compare(case, nsa_attention_triton).failures()
 
 
+def check_apart(configs: KernelConfigs, shape: tuple[int, int, int], seconds: int) -> list[str]:
+    """`check` in a process of its own: a kernel that hangs or breaks the device ends with it."""
+    call = base64.b64encode(pickle.dumps((configs, *shape))).decode()
+    command = [sys.executable, "-m", "kernels.nsa.sweep", "--one", call]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return [f"no result after {seconds} s"]
+    if done.returncode:
+        return [done.stderr.strip().splitlines()[-1][:300] if done.stderr.strip() else "died"]
+    lines: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return lines
+
+
 def once(launch: Any) -> float:
     """Milliseconds of one launch by CUDA events."""
+    from kernels.nsa.bench import hold_device
+
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+    hold_device()
     events[0].record()
     launch()
     events[1].record()
@@ -100,16 +127,11 @@ def check_all(
     plans: dict[Plan, KernelConfigs], shape: tuple[int, int, int], workers: int
 ) -> dict[Plan, list[str]]:
     """Check every plan; name to what is wrong with it."""
-    wrong: dict[Plan, list[str]] = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(check, configs, *shape): key for key, configs in plans.items()}
-        for done in as_completed(waiting):
-            error = done.exception()
-            # A variant that does not compile must not end the sweep.
-            wrong[waiting[done]] = (
-                done.result() if error is None else [f"{type(error).__name__}: {str(error)[:300]}"]
-            )
-    return wrong
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = {
+            key: pool.submit(check_apart, configs, shape, 90) for key, configs in plans.items()
+        }
+        return {key: future.result() for key, future in waiting.items()}
 
 
 def time_field(
@@ -133,6 +155,17 @@ def time_field(
     return times
 
 
+def fastest(
+    base: KernelConfigs, plans: dict[Plan, KernelConfigs], times: dict[str, dict[str, list[float]]]
+) -> KernelConfigs:
+    """Take over the fastest value of every field but `partial_rows`, which costs memory."""
+    for field, by_value in times.items():
+        best = min(by_value, key=lambda value: statistics.median(by_value[value]))
+        if best != "base" and field != "partial_rows":
+            base = replace(base, **{field: getattr(plans[field, best], field)})
+    return base
+
+
 def shape_of(text: str) -> tuple[int, int, int]:
     """Parse TOKENS,HEADS,GROUPS."""
     tokens, heads, groups = (int(x) for x in text.split(","))
@@ -154,7 +187,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="time all of NSA beside dense attention at these shapes, in the end",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.one is not None:
+        print(json.dumps(check(*pickle.loads(base64.b64decode(options.one)))))
+        return 0
     from kernels.nsa import triton_config
     from kernels.nsa.bench import print_times, time_case
     from kernels.nsa.triton_check import random_case
@@ -187,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{STAGE_OF[field]} by {field}:")
         for value, found in results["times"][field].items():
             print(f"  {statistics.median(found):8.3f} ms  {min(found):8.3f}  {value}", flush=True)
+    base = fastest(base, right, results["times"])
+    print(base)
     triton_config._HOPPER = base
     for tokens, heads, groups in options.whole:
         whole = time_case(random_case([tokens], heads, groups, options.dim), rounds=3)

@@ -9,7 +9,7 @@ from kernels.documents import Documents
 from kernels.nsa.spec import NsaSpec, Phi
 from kernels.nsa.triton_config import INTERPRETED, kernel_configs
 from kernels.nsa.triton_layout import packed_layout
-from kernels.nsa.triton_ops import SPEC_FIELDS, list_tokens, nsa_forward
+from kernels.nsa.triton_ops import SPEC_FIELDS, list_tokens, nsa
 
 
 def _is_pow2(n: int) -> bool:
@@ -128,7 +128,7 @@ def nsa_attention_triton(
     )
     wk, pk = (None, None) if phi_k is None else phi_k
     wv, pv = (None, None) if phi_v is None else phi_v
-    result: list[Tensor] = nsa_forward(
+    result = nsa(
         q.contiguous(), *kv, wk, pk, wv, pv, gates_TH3.contiguous(),
         [layout.tokens, layout.window, layout.slots, layout.blocks],
         [layout.n_blocks, layout.n_slots, layout.longest_blocks, layout.extra_blocks],

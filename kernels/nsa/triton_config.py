@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import triton
 
@@ -34,7 +35,7 @@ class KernelConfigs:
     """
 
     forward: TileConfig
-    finish_forward: TileConfig
+    window_forward: TileConfig
     grad_q: TileConfig
     grad_kv: TileConfig
     window_grad_kv: TileConfig
@@ -43,6 +44,7 @@ class KernelConfigs:
     selected_backward: TileConfig
     piece_forward: int
     piece_backward: int
+    combine_rows: int
     delta_rows: int
     top_k_rows: int
     score_chunk: int
@@ -51,7 +53,7 @@ class KernelConfigs:
 
 _HOPPER = KernelConfigs(
     forward=TileConfig(128, 128, 8, 3),
-    finish_forward=TileConfig(64, 64, 4, 3),
+    window_forward=TileConfig(64, 64, 4, 3),
     grad_q=TileConfig(64, 64, 4, 2),
     grad_kv=TileConfig(64, 128, 8, 3),
     window_grad_kv=TileConfig(64, 64, 4, 2),
@@ -60,6 +62,7 @@ _HOPPER = KernelConfigs(
     selected_backward=TileConfig(64, 64, 4, 2),
     piece_forward=64,
     piece_backward=256,
+    combine_rows=16,
     delta_rows=16,
     top_k_rows=1,
     score_chunk=4096,
@@ -68,7 +71,7 @@ _HOPPER = KernelConfigs(
 
 _INTERPRETER = KernelConfigs(
     forward=TileConfig(32, 16, 1, 1),
-    finish_forward=TileConfig(16, 32, 1, 1),
+    window_forward=TileConfig(16, 32, 1, 1),
     grad_q=TileConfig(32, 16, 1, 1),
     grad_kv=TileConfig(32, 32, 1, 1),
     window_grad_kv=TileConfig(32, 16, 1, 1),
@@ -77,6 +80,7 @@ _INTERPRETER = KernelConfigs(
     selected_backward=TileConfig(32, 64, 1, 1),
     piece_forward=16,
     piece_backward=24,
+    combine_rows=32,
     delta_rows=32,
     top_k_rows=32,
     score_chunk=96,
@@ -84,6 +88,7 @@ _INTERPRETER = KernelConfigs(
 )
 
 
+@cache
 def pow2(n: int) -> int:
     """Smallest power of two that is at least n and at least 16, the narrowest side of a tl.dot."""
     return max(16, int(triton.next_power_of_2(n)))

@@ -134,7 +134,7 @@ def _sum_partials(
     d = tl.arange(0, BD)
     part_at = part_ptr + (pair * (K * HG) + head % HG)[:, None] * D + d[None, :]
     acc = tl.zeros((BM, BD), tl.float32)
-    for i in tl.range(K, loop_unroll_factor=2):
+    for i in tl.range(K, loop_unroll_factor=4):
         some = inside & (tl.load(chosen_at + i, mask=inside, other=-1) >= 0)
         mask = some[:, None] & (d < D)[None, :]
         acc += tl.load(part_at + i * (HG * D), mask=mask, other=0.0).to(tl.float32)
@@ -210,7 +210,13 @@ def interval_grad_q_kernel(
         mask=inside[:, None] & (dv < DV)[None, :],
         other=0.0,
     )
-    acc = tl.zeros((BM, BD), tl.float32)
+    # Before the other branches: while they multiply, the registers are theirs.
+    if PARTIALS:
+        acc = _sum_partials(
+            part_ptr, selected_ptr, rows, inside, token0, head // HG, head, G, HG, K, D, BD, BM
+        )
+    else:
+        acc = tl.zeros((BM, BD), tl.float32)
     if FIRST:
         acc = _dq_branch(
             acc, q, do, k1_src, v1_src, lse_ptr, delta_ptr, low1_ptr, high1_ptr,
@@ -223,11 +229,6 @@ def interval_grad_q_kernel(
             acc, q, do, k2_src, v2_src, lse_ptr + skip, delta_ptr + skip,
             low2_ptr, high2_ptr, scale_log2, first, last, head, T,
             stride_k2n, stride_k2g, stride_v2n, stride_v2g, HG, D, DV, BD, BDV, BM, BN, TMA,
-        )  # fmt: skip
-    if PARTIALS:
-        acc += _sum_partials(
-            part_ptr, selected_ptr, rows, inside, token0, head // HG, head,
-            G, HG, K, D, BD, BM,
         )  # fmt: skip
     dq_at = dq_ptr + (rows.to(tl.int64)[:, None] * (G * HG) + head) * D + d[None, :]
     tl.store(dq_at, (acc * scale).to(dq_ptr.dtype.element_ty), mask=q_mask)

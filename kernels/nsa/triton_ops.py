@@ -1,11 +1,14 @@
-"""The NSA kernels as two custom operators, so that torch.compile and checkpointing see black boxes.
+"""The NSA kernels as two operators: forward and backward of everything.
 
-`tiny_onn::nsa_forward` saves branch outputs, log-sum-exps, the compressed keys and values and the
-selection; `tiny_onn::nsa_backward` starts from those. Neither reads anything back to the host.
+The forward saves branch outputs, log-sum-exps, the compressed keys and values and the selection;
+the backward starts from those. Neither reads anything back to the host. torch.compile sees them as
+the custom operators `tiny_onn::nsa_forward` and `tiny_onn::nsa_backward`; eager calls go through
+`NsaFunction`, because the custom operator's own autograd costs as much host time as all launches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +42,7 @@ def list_tokens(T: int, H: int, spec: NsaSpec, configs: KernelConfigs) -> int:
     return min(T, max(1, configs.partial_rows // (H * spec.selected) // 128) * 128)
 
 
-@torch.library.custom_op("tiny_onn::nsa_forward", mutates_args=())
-def nsa_forward(
+def run_forward(
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
@@ -68,16 +70,21 @@ def nsa_forward(
     compressed = interval_forward(
         q, kc, vc, layout.tokens[2], layout.tokens[3], lse[0], scale, configs.forward
     )
+    window = interval_forward(
+        q, k_win, v_win, layout.window[0], layout.window[1], lse[1], scale, configs.window_forward
+    )
     chunk = list_tokens(T, H, spec, configs)
     selected, keys = select_blocks(q, kc, lse[0], layout, spec, scale, chunk, configs)
     lists = block_lists(keys, layout.n_blocks, chunk)
-    out, slc, window, lse_slc = finish_forward(
-        q, (k_slc, v_slc), (k_win, v_win), gates, compressed, selected, lists, lse[1], layout,
-        spec, scale, configs,
-    )  # fmt: skip
+    out, slc, lse_slc = finish_forward(
+        q, k_slc, v_slc, gates, compressed, window, selected, lists, layout, spec, scale, configs
+    )
     return [
         out, compressed, slc, window, lse, lse_slc, kc, vc, selected, lists.order, lists.bounds
     ]  # fmt: skip
+
+
+nsa_forward = torch.library.custom_op("tiny_onn::nsa_forward", run_forward, mutates_args=())
 
 
 @nsa_forward.register_fake
@@ -119,8 +126,7 @@ def _(
     ]
 
 
-@torch.library.custom_op("tiny_onn::nsa_backward", mutates_args=())
-def nsa_backward(
+def run_backward(
     do: Tensor,
     q: Tensor,
     k_cmp: Tensor,
@@ -178,6 +184,9 @@ def nsa_backward(
     return [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates, *maps]
 
 
+nsa_backward = torch.library.custom_op("tiny_onn::nsa_backward", run_backward, mutates_args=())
+
+
 @nsa_backward.register_fake
 def _(
     do: Tensor,
@@ -212,19 +221,50 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*tensors, *output[1:], *layout_tensors)
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    if grads[0] is None:
-        return (*[None] * 12, [None] * 4, None, None, None)
+def _backward_of(
+    ctx: Any, do: Tensor | None, backward: Callable[..., list[Tensor]]
+) -> tuple[Any, ...]:
+    """Gradients of the first twelve inputs."""
+    if do is None:
+        return (None,) * 12
     everything = ctx.saved_tensors
     inputs = everything[:12]
     saved = list(everything[12 : 12 + ctx.n_saved])
     layout_tensors = list(everything[12 + ctx.n_saved :])
-    result = nsa_backward(
-        grads[0], *inputs, saved, layout_tensors, ctx.counts, ctx.sizes, ctx.scale
-    )
+    result = backward(do, *inputs, saved, layout_tensors, ctx.counts, ctx.sizes, ctx.scale)
     maps = iter(result[8:])
     dphi = [None if p is None else next(maps) for p in inputs[7:11]]
-    return (*result[:7], *dphi, result[7], [None] * len(layout_tensors), None, None, None)
+    return (*result[:7], *dphi, result[7])
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    return (*_backward_of(ctx, grads[0], nsa_backward), [None] * 4, None, None, None)
 
 
 nsa_forward.register_autograd(_backward, setup_context=_setup)
+
+
+class NsaFunction(torch.autograd.Function):
+    """`nsa_forward` for eager calls: the same arguments and results, bit for bit."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """Run the forward; every result but the first is for the backward and for statistics."""
+        result = run_forward(*inputs)
+        _setup(ctx, inputs, result)
+        ctx.mark_non_differentiable(*result[1:])
+        return tuple(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """Run the backward from the gradient of the first result."""
+        return (*_backward_of(ctx, grads[0], run_backward), None, None, None, None)
+
+
+def nsa(*inputs: Any) -> Sequence[Tensor]:
+    """Call `NsaFunction`, or `nsa_forward` under torch.compile."""
+    if torch.compiler.is_compiling():
+        compiled: list[Tensor] = nsa_forward(*inputs)
+        return compiled
+    result: tuple[Tensor, ...] = NsaFunction.apply(*inputs)  # type: ignore[no-untyped-call]
+    return result

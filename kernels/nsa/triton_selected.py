@@ -242,6 +242,16 @@ def selected_partials(
     }
     if tile.gluon and gluon_takes(q_THD, k_TGD, v_TGD, spec, BM):
         from kernels.nsa.gluon_selected import selected_forward_gluon
+        from kernels.nsa.gluon_selected_tma import launch_forward, tma_takes
+
+        if tile.stages > 2 and tma_takes(q_THD, v_TGD, partials.part):
+            launch_forward(
+                q_THD, k_TGD, v_TGD, partials.part, partials.lse, lists.order, pieces.table,
+                layout.blocks, scale * LOG2_E, chunk * pieces.most_per_chunk, layout.n_blocks,
+                chunk * lists.chunk_tokens, pieces.most_per_chunk, spec.selected, spec.select,
+                tile.stages,
+            )  # fmt: skip
+            return
 
         selected_forward_gluon[(pieces.most_per_chunk,)](*arguments, **sizes, num_warps=4)
         return

@@ -10,6 +10,8 @@ list order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -289,19 +291,7 @@ class SelectedGrad:
             "WIDE": max(T * H, self.partials.shape[0]) * max(D, DV) >= 2**31,
             "RESUME": c > 0,
         }
-        if tile.gluon and gluon_takes(q, k, v, spec, BM):
-            from kernels.nsa.gluon_selected_grad import selected_backward_gluon
-
-            selected_backward_gluon[(pieces.most_per_chunk,)](*arguments, **sizes, num_warps=4)
-        else:
-            selected_backward_kernel[(pieces.most_per_chunk,)](
-                *arguments,
-                **sizes,
-                BD=pow2(D),
-                BDV=pow2(DV),
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
+        self._launch(arguments, sizes, c)
         for source, total in ((self._dk_part, self._dk_sum), (self._dv_part, self._dv_sum)):
             width = total.shape[2]
             merge_grad_kv_kernel[(NB, G)](
@@ -318,6 +308,38 @@ class SelectedGrad:
                 RESUME=c > 0,
                 num_warps=4,
             )
+
+    def _launch(self, arguments: tuple[Any, ...], sizes: dict[str, Any], c: int) -> None:
+        """Launch the kernel that takes this call."""
+        q, k, v, do, lse, delta = self._tensors
+        pieces, layout, spec, tile = self._pieces, self._layout, self._spec, self._tile
+        grid = (pieces.most_per_chunk,)
+        if tile.gluon and gluon_takes(q, k, v, spec, sizes["BM"]):
+            from kernels.nsa.gluon_selected_grad import selected_backward_gluon
+            from kernels.nsa.gluon_selected_grad_tma import launch_backward
+            from kernels.nsa.gluon_selected_tma import tma_takes
+
+            if tile.stages > 2 and tma_takes(q, v, self.partials, do):
+                others = (
+                    lse, delta, self._dk_part, self._dv_part, self._dk_sum, self._dv_sum,
+                    self._lists.order, pieces.table, layout.blocks,
+                )  # fmt: skip
+                launch_backward(
+                    q, k, v, do, self.partials, others, self._scale, self._scale * LOG2_E,
+                    c * pieces.most_per_chunk, layout.n_blocks, c * self._lists.chunk_tokens,
+                    *grid, spec.selected, spec.select, c > 0,
+                )  # fmt: skip
+            else:
+                selected_backward_gluon[grid](*arguments, **sizes, num_warps=4)
+            return
+        selected_backward_kernel[grid](
+            *arguments,
+            **sizes,
+            BD=pow2(sizes["D"]),
+            BDV=pow2(sizes["DV"]),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """Return dk [T, G, D] and dv [T, G, DV] in the inputs' dtype, after the last chunk."""

@@ -17,9 +17,13 @@ from typing import Any
 import torch
 
 from kernels.experts import SurpriseSpec
+from kernels.experts.spec import ProductTiles, Tiles
 from kernels.experts.triton_check import compare, decide, random_case, run_triton
 
 SPEC = SurpriseSpec(temperature=0.7, ce_weight=0.3, coefficient=0.5)
+
+
+OWN = ProductTiles(*[Tiles()] * 6)
 
 
 def check(*sizes: int, **kwargs: Any) -> list[str]:
@@ -67,6 +71,20 @@ CASES: dict[str, Callable[[], list[str]]] = {
     "one token": lambda: check(1, 4, 16, 16, stride=1),
     "width not a power of two": lambda: check(20, 4, 48, 40),
     "many blocks of tokens": lambda: check(500, 20, 16, 16),
+    "own products": lambda: check(70, 6, 32, 24, products=OWN),
+    "own products, squared relu, hidden scale": lambda: check(
+        40, 5, 48, 40, products=OWN, activation="relu2", scaled=True
+    ),
+    "own products, hidden scale": lambda: check(40, 5, 16, 24, products=OWN, scaled=True),
+    "own products, all tokens to one expert": lambda: check(
+        200, 3, 16, 24, products=OWN, favour=1, surprise=None, surrogate_width=0.0
+    ),
+    "own products with several tiles": lambda: check(
+        150, 2, 48, 40, products=ProductTiles(*[Tiles(n=32, k=32, m=16, flatten=False)] * 6)
+    ),
+    "own and torch's products": lambda: check(
+        40, 4, 16, 24, products=ProductTiles(down=Tiles(), dw_in=Tiles())
+    ),
     "two runs are bitwise equal": repeats,
 }  # fmt: skip
 

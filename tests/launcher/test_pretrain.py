@@ -10,8 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from data.loader import PackedLoader
+from launcher.config import load
 from tests.launcher.tiny import finish, rows, tiny_config, tiny_corpus, tiny_onn
 
 EXACT = ("loss", "grad_norm", "lr", "tokens", "sample_cursor", "bits_per_byte")
@@ -58,6 +61,17 @@ def test_a_run_leaves_what_it_promises(reference: Path) -> None:
     assert steps == ["step-00000004", "step-00000008", "step-00000012"]
     assert all((reference / "checkpoints" / s / "COMMITTED").exists() for s in steps)
     assert list((reference / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_table_numbers_are_those_of_all_ranks(reference: Path) -> None:
+    data = load(reference / "config.yaml").data
+    loader = PackedLoader(data, micro_batch=8, accumulation=1, rank=0, world=1)
+    for row in rows(reference):
+        distinct = torch.unique(loader.next_step()[0].ids_T).shape[0]
+        assert row["tables"]["owned_rows"] == distinct
+        assert row["tables"]["unique_rows"] > distinct
+        assert row["tables"]["prefetch_misses"] == 0 or row["step"] == 1
+    loader.close()
     assert json.loads((reference / "heartbeat").read_text())["step"] == 12
 
 

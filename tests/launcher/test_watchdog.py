@@ -50,7 +50,7 @@ wait_for_a_peer()
     assert "rank 0 hung" in done.stderr
     assert "'step' of step 3" in done.stderr
     assert "launch.step_timeout" in done.stderr
-    (report,) = (tmp_path / "logs").glob("*-rank0.stacks")
+    (report,) = (tmp_path / "logs").glob("*-rank0.hang.json")
     assert "wait_for_a_peer" in report.read_text()
     assert str(report) in done.stderr
 

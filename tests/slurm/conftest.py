@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,17 @@ def cluster() -> Iterator[SlurmCluster]:
         pytest.skip(missing())
     with SlurmCluster(nodes=4) as cluster:
         yield cluster
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Show what Slurm's own daemons said with a test that failed."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    cluster = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and cluster is not None:
+        for log in sorted((cluster.folder / "log").glob("slurm*.log")):
+            report.sections.append((log.name, log.read_text()[-6000:]))
 
 
 @dataclass

@@ -76,6 +76,22 @@ def test_a_killed_rank_costs_no_step_and_changes_no_loss(trial: Submission) -> N
     assert trial.cluster.run("squeue", "-h") == ""
 
 
+def test_a_rank_that_hangs_is_named_and_the_job_goes_on(trial: Submission) -> None:
+    trial.submit(overrides=("--launch.step_timeout", "15"))
+    trial.wait(lambda: len(trial.steps()) >= 8, 240, "8 steps")
+    (victim,) = ranks(trial, "n2")
+    victim.suspend()
+    trial.wait(lambda: list(trial.run.glob("logs/*-hang.txt")), 90, "the hang is reported")
+    assert trial.wait_finished(240) == "COMPLETED", trial.output()
+    assert "rank 1 on n2 is late: process is stopped by a signal" in trial.output()
+    (report,) = trial.run.glob("logs/*-hang.txt")
+    assert "== stacks of rank 1" in report.read_text()
+    assert "gloo:" in report.read_text()
+    assert trial.cluster.job(trial.job)["Restarts"] == "1"
+    check_continuous(trial)
+    assert len(trial.steps()) == 24
+
+
 def test_a_time_limit_saves_and_the_next_try_goes_on(trial: Submission) -> None:
     # Slurm looks at its limits twice a minute: a limit of one minute, announced one minute ahead.
     trial.submit("--time=1", "--signal=B:USR1@60", overrides=("--train.steps", "100000"))

@@ -1,0 +1,116 @@
+"""What a launcher sees of its ranks without asking them: a line each in memory that they share.
+
+A rank whose process is stopped, or whose main thread holds the interpreter lock, cannot say that
+it hangs. So every beat also goes into a slot of a memory file that the launcher made, and all
+stacks go into another one when the launcher sends `STACKS_SIGNAL`. Both end with the processes.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import mmap
+import os
+import signal
+import struct
+import time
+from dataclasses import dataclass
+
+VARIABLE = "TINY_ONN_BEAT"
+"""In a rank's environment: the two memory files' descriptors and the rank's slot, by commas."""
+
+STACKS_SIGNAL = signal.SIGUSR2
+SLOT = struct.Struct("<ddqqq64s")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank said last.
+
+    Attributes:
+        time: of that, on this machine's monotonic clock, seconds.
+        limit: seconds of silence that it allows itself; 0 is no limit.
+        step: optimizer steps done, -1 before the first beat.
+        paused: it does something of unknown length.
+        listens: it writes its stacks when asked to.
+        doing: what had just ended.
+    """
+
+    time: float
+    limit: float
+    step: int
+    paused: bool
+    listens: bool
+    doing: str
+
+    @property
+    def silent(self) -> float:
+        """Seconds since then."""
+        return time.monotonic() - self.time
+
+    @property
+    def hung(self) -> bool:
+        """Whether the silence is longer than it should be."""
+        return bool(self.limit) and not self.paused and self.silent > self.limit
+
+
+class BeatBoard:
+    """The launcher's side: a slot per rank of this node, and a file for each rank's stacks."""
+
+    def __init__(self, ranks: int, limit: float) -> None:
+        """Make room for `ranks`; until a rank's first beat its silence may last `limit` seconds."""
+        self._fd = os.memfd_create("beats", 0)
+        os.ftruncate(self._fd, ranks * SLOT.size)
+        self._memory = mmap.mmap(self._fd, ranks * SLOT.size)
+        self._stacks = [os.memfd_create(f"stacks{i}", 0) for i in range(ranks)]
+        now = time.monotonic()
+        for i in range(ranks):
+            SLOT.pack_into(self._memory, i * SLOT.size, now, limit, -1, 0, 0, b"start")
+
+    def descriptors(self, local: int) -> tuple[int, int]:
+        """Return what the process of a rank has to inherit."""
+        return self._fd, self._stacks[local]
+
+    def variable(self, local: int) -> str:
+        """Return the value of `VARIABLE` for a rank of this node."""
+        return f"{self._fd},{self._stacks[local]},{local}"
+
+    def read(self, local: int) -> Beat:
+        """Return what a rank said last."""
+        at, limit, step, paused, listens, doing = SLOT.unpack_from(self._memory, local * SLOT.size)
+        text = doing.rstrip(b"\0").decode(errors="replace")
+        return Beat(at, limit, step, bool(paused), bool(listens), text)
+
+    def stacks(self, local: int) -> str:
+        """Return the stacks that a rank has written so far."""
+        size = os.fstat(self._stacks[local]).st_size
+        return os.pread(self._stacks[local], size, 0).decode(errors="replace")
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._memory.close()
+        for fd in (self._fd, *self._stacks):
+            os.close(fd)
+
+
+class Beater:
+    """A rank's side; does nothing in a process that no launcher started."""
+
+    def __init__(self) -> None:
+        """Attach to the launcher's memory and write stacks when it asks for them."""
+        self._memory: mmap.mmap | None = None
+        value = os.environ.get(VARIABLE)
+        if not value:
+            return
+        board, self._stacks_fd, local = map(int, value.split(","))
+        self._memory = mmap.mmap(board, os.fstat(board).st_size)
+        self._offset = local * SLOT.size
+        # In C, without the interpreter lock, and in a process that has just been continued before
+        # anything else runs in it.
+        faulthandler.register(STACKS_SIGNAL, self._stacks_fd, all_threads=True)
+
+    def write(self, limit: float, step: int, paused: bool, doing: str) -> None:
+        """Show a beat of now."""
+        if self._memory is not None:
+            at = time.monotonic()
+            text = doing.encode()[:64]
+            SLOT.pack_into(self._memory, self._offset, at, limit, step, int(paused), 1, text)
