@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,11 @@ def trainer_of(mesh: Mesh, path: Path, overrides: Sequence[str] = ()) -> Trainer
     dist.barrier()
     if mesh.is_first:
         config.save(cfg, folder.config)
-    with mock.patch("launcher.components.init_mesh", lambda *_, **__: mesh):
+
+    def placed(group: int = 1) -> Mesh:
+        return dataclasses.replace(mesh, data=mesh.world // group, group=group)
+
+    with mock.patch("launcher.components.init_mesh", placed):
         return Trainer(cfg, folder)
 
 
@@ -47,7 +52,8 @@ def trained(
 
     Returns:
         The ids of the samples of each step over all ranks ("samples"), and fp32 logits of
-        `tokens()` in documents of LENGTHS by the run's own model ("logits").
+        `tokens()` in documents of LENGTHS by the run's own model ("logits"; None where ranks share
+        a sequence).
     """
     trainer = trainer_of(mesh, path, overrides)
     c, samples = trainer.c, []
@@ -67,6 +73,10 @@ def trained(
         stack.enter_context(mock.patch.object(c.loader, "next_step", next_step))
         stack.enter_context(mock.patch.object(c.stop, "requested", requested))
         assert trainer.train() == ("stopped" if stop_at else "done")
+    if c.mesh.group > 1:
+        # Its ranks have parts of a sequence only.
+        c.close()
+        return {"samples": samples, "logits": None}
     ids_T = tokens()
     rows = c.fetch_rows(ids_T)
     with evaluating(c):

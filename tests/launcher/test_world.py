@@ -78,7 +78,8 @@ def test_one_two_and_four_ranks_go_on_with_each_others_checkpoints_in_any_mode(
     samples = two_ranks.run(trained, path, [*SHORT, *cpu], 3, timeout=400)[0]["samples"]
     with Ranks(1) as one:
         samples += one.run(trained, path, [*SHORT, *nvme], 5, timeout=400)[0]["samples"]
-    samples += two_ranks.run(trained, path, [*SHORT, *resident], 6, timeout=400)[0]["samples"]
+    grouped = [*SHORT, *resident, "--mesh.group", "2"]
+    samples += two_ranks.run(trained, path, grouped, 6, timeout=400)[0]["samples"]
     with Ranks(4) as four:
         result = four.run(trained, path, [*SHORT, *cpu], timeout=500)[0]
     assert samples + result["samples"] == whole[1]["samples"]
