@@ -85,6 +85,7 @@ def _stand_ins() -> Iterator[None]:
 with _stand_ins():
     from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
     from streaming.base.dataset import _ShardState as ShardState
+    from streaming.base.format.mds.encodings import _encodings
     from streaming.base.storage.download import CloudDownloader
 
 # Ranks that share samples make it warn, at every start, of its own count of samples. The position
@@ -92,5 +93,8 @@ with _stand_ins():
 logging.getLogger("streaming.base.dataset").addFilter(
     lambda record: not record.getMessage().startswith("The `replication` arg")
 )
+
+# A stranger's corpus could name it as the type of a column, and its samples would be code.
+_encodings.pop("pkl", None)
 
 __all__ = ["CloudDownloader", "MDSWriter", "ShardState", "StreamingDataLoader", "StreamingDataset"]
