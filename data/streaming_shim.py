@@ -85,5 +85,13 @@ with _stand_ins():
     from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
     from streaming.base.dataset import _ShardState as ShardState
     from streaming.base.storage.download import CloudDownloader
+    from streaming.base.util import retry
 
-__all__ = ["CloudDownloader", "MDSWriter", "ShardState", "StreamingDataLoader", "StreamingDataset"]
+__all__ = [
+    "CloudDownloader",
+    "MDSWriter",
+    "ShardState",
+    "StreamingDataLoader",
+    "StreamingDataset",
+    "retry",
+]
