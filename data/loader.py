@@ -48,6 +48,8 @@ class PackedLoader:
         accumulation: int,
         rank: int,
         world: int,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
         """Open the corpus; on several ranks torch.distributed must be initialised.
 
@@ -59,6 +61,8 @@ class PackedLoader:
             rank: this rank among those that get different data. Where neighbouring ranks share
                 data, the number of their group.
             world: number of ranks (or groups) that get different data.
+            part: which part of its group's tokens this rank gets.
+            parts: ranks in a group.
 
         Raises:
             DataError: no usable corpus, or too few samples for one step.
@@ -71,6 +75,7 @@ class PackedLoader:
         self.split = split or config.train_split
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.rank, self.world = rank, world
+        self.part, self.parts = part, parts
         self.samples_per_step = micro_batch * accumulation * world
         site = Site(rank, world)
         self.corpus: StoredCorpus = together(self._open)
@@ -205,7 +210,7 @@ class PackedLoader:
                 samples = [self._held_out[i] if i < total else padding for i in at]
             except Exception as e:
                 raise self._unreadable(self.config.validation_split, e) from e
-            yield to_batch(samples)
+            yield to_batch(samples).part(self.part, self.parts)
 
     def close(self) -> None:
         """End the background threads."""
@@ -247,7 +252,7 @@ class PackedLoader:
         batches = []
         for _ in range(self.accumulation):
             try:
-                batches.append(to_batch(next(self._iterator)["samples"]))
+                batch = to_batch(next(self._iterator)["samples"])
             except StopIteration:
                 # Before the epoch's last step this means that a background thread has failed.
                 error = self._samples.failure
@@ -255,6 +260,7 @@ class PackedLoader:
             except Exception as e:
                 error = self._samples.failure or e
                 raise self._unreadable(self.split, error) from error
+            batches.append(batch.part(self.part, self.parts))
         self._read_to = (epoch, sample + self.samples_per_step)
         return batches
 

@@ -18,7 +18,7 @@ A stored sample has these columns:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,10 @@ class Packer:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of a rank, its samples packed end to end: T = samples · seq_len tokens.
+    """One micro-batch, its samples packed end to end: T = samples · seq_len tokens.
+
+    Where ranks share a micro-batch, each has a part of its tokens: ids, labels and n_labels are the
+    part's, everything else describes the whole.
 
     Attributes:
         ids_T: int64 [T], CPU.
@@ -111,6 +114,17 @@ class Batch:
     lengths: list[int]
     sample_ids: list[int]
     n_labels: int
+
+    def part(self, part: int, parts: int) -> Batch:
+        """Return tokens [T·part // parts, T·(part + 1) // parts) with the labels of the whole."""
+        if parts == 1:
+            return self
+        T = self.ids_T.shape[0]
+        own = slice(T * part // parts, T * (part + 1) // parts)
+        labels = self.labels_T[own]
+        return replace(
+            self, ids_T=self.ids_T[own], labels_T=labels, n_labels=int((labels != IGNORED).sum())
+        )
 
 
 def to_batch(samples: Sequence[dict[str, Any]]) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -26,6 +27,7 @@ class Documents:
             raise ValueError(f"documents need a token at least, got lengths {list(lengths)[:8]}")
         self.lengths = tuple(int(n) for n in lengths)
         self.device = torch.device(device)
+        self._parts: dict[tuple[int, int], tuple[int, Documents]] = {}
 
     @classmethod
     def from_cu_seqlens(
@@ -79,6 +81,26 @@ class Documents:
         return torch.repeat_interleave(torch.tensor(self.lengths)).to(
             self.device, non_blocking=True
         )
+
+    def seen_by(self, first: int, stop: int) -> tuple[int, Documents]:
+        """Return what the tokens [first, stop) may look at: whole documents up to `stop`.
+
+        Returns:
+            The first token of the document of token `first`, and the documents from there on, the
+            last one cut at `stop`; made once, so that what others keep with them is, too.
+
+        Raises:
+            ValueError: no such tokens.
+        """
+        if not 0 <= first < stop <= self.total:
+            raise ValueError(f"tokens {first}..{stop} of documents of {self.total} tokens")
+        if (first, stop) not in self._parts:
+            at = bisect_right(self.starts, first) - 1
+            last = bisect_left(self.starts, stop)
+            lengths = list(self.lengths[at:last])
+            lengths[-1] = stop - self.starts[last - 1]
+            self._parts[first, stop] = self.starts[at], Documents(lengths, self.device)
+        return self._parts[first, stop]
 
     def block_counts(self, length: int, stride: int) -> tuple[int, ...]:
         """Full overlapping blocks of `length` tokens every `stride` tokens, per document (host)."""

@@ -20,6 +20,7 @@ def full_attention(
     docs: Documents,
     *,
     scale: float | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Softmax attention of every token over its document up to itself, differentiable.
 
@@ -27,11 +28,12 @@ def full_attention(
     call; everything else is one scaled_dot_product_attention per document.
 
     Args:
-        q_THD: queries [T, H, D].
+        q_THD: queries [T, H, D], or [n, H, D] of the tokens [first, first + n); so is the result.
         k_TGD: keys [T, G, D]; each serves H / G query heads.
         v_TGE: values [T, G, E].
         docs: document boundaries.
         scale: of the scores; 1/sqrt(D) by default.
+        first: token of the first query.
 
     Returns:
         [T, H, E] in q's dtype.
@@ -39,44 +41,64 @@ def full_attention(
     Raises:
         ValueError: shapes do not fit together.
     """
-    T, H, D = q_THD.shape
-    G, E = v_TGE.shape[1:]
-    if docs.total != T or k_TGD.shape != (T, G, D) or v_TGE.shape[0] != T or H % G:
+    (n, H, D), (T, G, E) = q_THD.shape, v_TGE.shape
+    if docs.total != T or k_TGD.shape != (T, G, D) or H % G or not first <= first + n <= T:
         raise ValueError(
-            f"q {tuple(q_THD.shape)}, k {tuple(k_TGD.shape)}, v {tuple(v_TGE.shape)} and documents "
-            f"of {docs.total} tokens do not fit: T must agree, H be a multiple of G, k [T, G, D]"
+            f"q {tuple(q_THD.shape)} from token {first} on, k {tuple(k_TGD.shape)}, "
+            f"v {tuple(v_TGE.shape)} and documents of {docs.total} tokens do not fit: "
+            "T must agree, H be a multiple of G, k [T, G, D]"
         )
+    if n != T:
+        begin, docs = docs.seen_by(first, first + n)
+        k_TGD, v_TGE = k_TGD[begin : first + n], v_TGE[begin : first + n]
+    lead = docs.total - n
     scale = D**-0.5 if scale is None else scale
     half = q_THD.dtype in {torch.bfloat16, torch.float16}
-    if q_THD.is_cuda and half and len(docs.lengths) > 1 and D == E and D % 8 == 0 and D <= 256:
+    several = len(docs.lengths) > 1 or lead > 0
+    if q_THD.is_cuda and half and several and D == E and D % 8 == 0 and D <= 256:
         out: Tensor = torch.ops.aten._flash_attention_forward(
-            q_THD, k_TGD, v_TGE, docs.cu_seqlens, docs.cu_seqlens, docs.longest, docs.longest,
+            q_THD, k_TGD, v_TGE, (docs.cu_seqlens - lead).clamp_(min=0), docs.cu_seqlens,
+            docs.longest, docs.longest,
             0.0, True, False, scale=scale,
         )[0]  # fmt: skip
         return out
     lengths = list(docs.lengths)
+    queries = [lengths[0] - lead, *lengths[1:]]
     # split, not slices: its backward is one concatenation instead of a full-size tensor each.
     parts = [
         _one_document(q, k, v, scale)
-        for q, k, v in zip(*(torch.split(x, lengths) for x in (q_THD, k_TGD, v_TGE)), strict=True)
+        for q, k, v in zip(
+            torch.split(q_THD, queries),
+            torch.split(k_TGD, lengths),
+            torch.split(v_TGE, lengths),
+            strict=True,
+        )
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _one_document(q_nHD: Tensor, k_nGD: Tensor, v_nGE: Tensor, scale: float) -> Tensor:
+def _one_document(q_nHD: Tensor, k_mGD: Tensor, v_mGE: Tensor, scale: float) -> Tensor:
+    """Attend with the last n of a document's m tokens."""
     n, H, D = q_nHD.shape
-    G, E = v_nGE.shape[1:]
+    m, G, E = v_mGE.shape
     R = H // G
+    mask = None
+    if n < m:
+        mask = torch.ones(n, m, dtype=torch.bool, device=q_nHD.device).tril_(m - n)
     if q_nHD.is_cuda:
         # One batch of H heads, so that cuDNN and flash attention are among the choices.
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_nHD, k_nGD, v_nGE))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=R > 1)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_nHD, k_mGD, v_mGE))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=R > 1
+        )
         return out[0].transpose(0, 1)
     # A group as a batch: its heads then share keys and values without a copy.
     q = q_nHD.view(n, G, R, D).permute(1, 2, 0, 3)
-    k = k_nGD.transpose(0, 1)[:, None].expand(G, R, n, D)
-    v = v_nGE.transpose(0, 1)[:, None].expand(G, R, n, E)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    k = k_mGD.transpose(0, 1)[:, None].expand(G, R, m, D)
+    v = v_mGE.transpose(0, 1)[:, None].expand(G, R, m, E)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
     return out.permute(2, 0, 1, 3).reshape(n, H, E)
 
 

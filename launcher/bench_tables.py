@@ -222,7 +222,7 @@ def build_engine(
     )
 
 
-def table_config(a: argparse.Namespace, variant: str) -> DeepEmbedConfig:
+def table_config(a: argparse.Namespace, variant: str, spread: int) -> DeepEmbedConfig:
     """Return the configuration of a variant's table."""
     if variant.startswith("zero3"):
         return DeepEmbedConfig(partition="zero3")
@@ -232,7 +232,7 @@ def table_config(a: argparse.Namespace, variant: str) -> DeepEmbedConfig:
         kernel=a.kernel,
         threads=a.threads,
         nvme_path=a.nvme,
-        cache_rows=round(a.cache * a.vocab * a.spread / int(os.environ.get("WORLD_SIZE", "1"))),
+        cache_rows=round(a.cache * a.vocab * spread / int(os.environ.get("WORLD_SIZE", "1"))),
     )
 
 
@@ -284,27 +284,33 @@ def measure(a: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
         "peak_gib": max(t["peak"] for t in alone) / 2**30,
         "parts": alone[-1],
     }
-    for variant in a.variants:
+    wanted = [
+        (variant, spread if variant in ROWS else 1)
+        for variant in a.variants
+        for spread in (a.spreads if variant in ROWS else a.spreads[:1])
+    ]
+    for variant, spread in wanted:
+        name = variant if spread == 1 else f"{variant} x{spread}"
         try:
-            results[variant] = _measure_variant(a, mesh, plain, variant)
+            found = _measure_variant(a, mesh, plain, variant, spread)
         except (RuntimeError, OSError, ValueError) as error:
             if mesh.world > 1:
                 raise
-            results[variant] = {"error": f"{type(error).__name__}: {error}"}
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
             continue
-        found = results[variant]
+        results[name] = found
         extra = found["peak_gib"] - results["none"]["peak_gib"]
         found["extra_gib"] = extra
         found["extra_over_unique"] = extra * 2**30 / row_bytes
         if mesh.is_first:
-            print(variant, json.dumps(found), flush=True)
+            print(name, json.dumps(found), flush=True)
     return results
 
 
 def _measure_variant(
-    a: argparse.Namespace, mesh: Mesh, plain: Subject, variant: str
+    a: argparse.Namespace, mesh: Mesh, plain: Subject, variant: str, spread: int
 ) -> dict[str, Any]:
-    cfg = table_config(a, variant)
+    cfg = table_config(a, variant, spread)
     if cfg.partition == "zero3":
         offload = "cpu" if variant == "zero3-cpu" else "none"
         engine = build_engine(a, mesh, cfg, offload)
@@ -312,7 +318,7 @@ def _measure_variant(
     start = time.perf_counter()
     table = RowTable(
         "deepembed",
-        a.vocab * a.spread,
+        a.vocab * spread,
         a.layers * a.width,
         mesh,
         cfg,
@@ -321,14 +327,15 @@ def _measure_variant(
     )
     opened = time.perf_counter() - start
     try:
-        other = Subject(plain.engine, plain.batches, table, a.spread, next_step=100)
+        other = Subject(plain.engine, plain.batches, table, spread, next_step=100)
         if variant == "rows-nvme":
             other.warm(a.warm)
         found = compare(plain, other, a)
         if a.trace is not None and mesh.is_first:
             _trace(plain, a.trace / "plain.json.gz")
             _trace(other, a.trace / f"{variant}.json.gz")
-        return {**found, "open_seconds": opened, "kernel": table.kernel}
+        gib = table.rows * table.layout.columns * 4 / 2**30
+        return {**found, "open_seconds": opened, "kernel": table.kernel, "table_gib": gib}
     finally:
         table.close()
 
@@ -348,16 +355,16 @@ def report(results: dict[str, Any]) -> str:
     lines = [
         f"{setting['device']} x {setting['world']}, {setting['layers']} layers of "
         f"{setting['width']}, "
-        f"V = {setting['vocab']} x {setting['spread']}, {setting['tokens']} tokens, "
+        f"V = {setting['vocab']}, {setting['tokens']} tokens, "
         f"{setting['unique_rows']:.0f} unique rows ({setting['unique_bytes'] / 1e6:.0f} MB)",
-        f"{'variant':<12} {'ms':>8} {'plain':>8} {'ratio':>7} {'min':>6} {'max':>6} {'peak':>7} "
+        f"{'variant':<14} {'ms':>8} {'plain':>8} {'ratio':>7} {'min':>6} {'max':>6} {'peak':>7} "
         f"{'extra':>7} {'/rows':>6}  host thread ms",
     ]
     for name, found in results.items():
         if name == "setting":
             continue
         if "error" in found:
-            lines.append(f"{name:<12} failed: {found['error'][:100]}")
+            lines.append(f"{name:<14} failed: {found['error'][:100]}")
             continue
         threads = "  ".join(
             f"{k.removeprefix('thread ')} {1e3 * v:.1f}"
@@ -366,7 +373,7 @@ def report(results: dict[str, Any]) -> str:
         )
         ratios = found.get("ratios", [1.0])
         lines.append(
-            f"{name:<12} {found['ms']:8.1f} {found.get('plain_ms', found['ms']):8.1f} "
+            f"{name:<14} {found['ms']:8.1f} {found.get('plain_ms', found['ms']):8.1f} "
             f"{found.get('ratio', 1.0):7.4f} {ratios[0]:6.3f} {ratios[-1]:6.3f} "
             f"{found['peak_gib']:7.2f} {found.get('extra_gib', 0.0):7.3f} "
             f"{found.get('extra_over_unique', 0.0):6.2f}  {threads}"
@@ -419,7 +426,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", type=int, default=12)
     p.add_argument("--width", type=int, default=2048)
     p.add_argument("--vocab", type=int, default=65536)
-    p.add_argument("--spread", type=int, default=1, help="rows of the table per id: V x this")
+    p.add_argument(
+        "--spreads", type=int, nargs="+", default=[1], help="rows of the tables per id: V x this"
+    )
     p.add_argument("--tokens", type=int, default=8192, help="per rank and step")
     p.add_argument("--span", type=int, default=32, help="words of text that follow each other")
     p.add_argument("--turns", type=int, default=6, help="pairs of turns, without and with table")
@@ -431,6 +440,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cache", type=float, default=0.25, help="share of rows cached by the nvme tier"
     )
+    p.add_argument("--warm", type=int, default=60, help="batches that fill the cache beforehand")
     p.add_argument(
         "--trace", type=Path, help="folder for a trace of two steps of each rows variant"
     )

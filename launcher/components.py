@@ -24,6 +24,7 @@ from launcher.spikes import SpikeWatch
 from launcher.watchdog import Watchdog
 from parallel.checkpoint import CheckpointStore
 from parallel.engine import Engine
+from parallel.group_exchange import GroupExchange, require_degree
 from parallel.mesh import Mesh, init_mesh
 from parallel.tables import Rows, RowTable
 from tiny_onn.modular import ModelConfig, ModelOutput, TinyOnn
@@ -75,7 +76,7 @@ class Components:
         return None if self.table is None else self.table.fetch(ids_T)
 
     def forward(self, batch: Batch, rows: Rows | None, loss_scale: Tensor) -> ModelOutput:
-        """Run the model on a batch of this rank."""
+        """Run the model on a batch of this rank, together with the ranks that share it."""
         device = self.engine.device
         output = self.engine.forward(
             batch.ids_T.to(device, non_blocking=True),
@@ -148,13 +149,31 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(seed + rank)
 
 
-def accumulation(cfg: RunConfig, world: int) -> int:
-    """Return micro-batches per rank and step; raises ValueError when the batch does not divide."""
-    per_pass = cfg.train.micro_batch * world
+def accumulation(cfg: RunConfig, world: int, local_world: int) -> int:
+    """Return micro-batches per rank and step, after checking that ranks and batch fit together.
+
+    Args:
+        cfg: the configuration.
+        world: ranks of the job.
+        local_world: ranks of one machine.
+
+    Raises:
+        ValueError: mesh.group cannot be, or the batch does not divide.
+    """
+    group = cfg.mesh.group
+    require_degree(group, cfg.model.attention.groups, world, local_world)
+    if cfg.train.micro_batch * cfg.data.seq_len < group:
+        raise ValueError(
+            f"train.micro_batch {cfg.train.micro_batch} x data.seq_len {cfg.data.seq_len} tokens "
+            f"leave some of mesh.group {group} ranks without a token; make the group smaller"
+        )
+    data = world // group
+    per_pass = cfg.train.micro_batch * data
     if cfg.train.global_batch % per_pass:
+        of = f"groups of {group} ranks" if group > 1 else "ranks"
         raise ValueError(
             f"train.global_batch {cfg.train.global_batch} is no multiple of train.micro_batch "
-            f"{cfg.train.micro_batch} x {world} ranks; set it to a multiple of {per_pass}"
+            f"{cfg.train.micro_batch} x {data} {of}; set it to a multiple of {per_pass}"
         )
     return cfg.train.global_batch // per_pass
 
@@ -168,15 +187,17 @@ def build(cfg: RunConfig, folder: RunFolder, checkpoints: Path | None = None) ->
         checkpoints: those of another folder than `folder` (evaluation beside a running run).
     """
     stop = StopRequest(folder)
-    mesh = stop.mesh = init_mesh()
+    mesh = stop.mesh = init_mesh(group=cfg.mesh.group)
     watchdog = Watchdog(folder, cfg.launch, mesh.rank).start()
-    micro_batches = accumulation(cfg, mesh.world)
+    micro_batches = accumulation(cfg, mesh.world, mesh.local_world)
     loader = PackedLoader(
         cfg.data,
         micro_batch=cfg.train.micro_batch,
         accumulation=micro_batches,
-        rank=mesh.rank,
-        world=mesh.world,
+        rank=mesh.data_rank,
+        world=mesh.data,
+        part=mesh.group_rank,
+        parts=mesh.group,
     )
     tokenizer = loader.tokenizer
     model = cfg.model
@@ -193,8 +214,9 @@ def build(cfg: RunConfig, folder: RunFolder, checkpoints: Path | None = None) ->
             dtype=cfg.engine.dtype(mesh.device),
             groups=model.layers,
         )
+    exchange = GroupExchange(mesh, model.attention.groups) if mesh.group > 1 else None
     engine = Engine(
-        lambda: TinyOnn(model),
+        lambda: TinyOnn(model, exchange),
         dataclasses.replace(cfg.engine, accumulation=micro_batches),
         mesh,
         total_steps=cfg.train.steps,

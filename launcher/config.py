@@ -26,6 +26,7 @@ from launcher.lifecycle import LaunchConfig
 from launcher.spikes import SpikeConfig
 from parallel.checkpoint import CheckpointConfig
 from parallel.engine_config import EngineConfig
+from parallel.mesh import MeshConfig
 from tiny_onn.modular import ModelConfig
 
 
@@ -40,7 +41,8 @@ class TrainConfig:
     Attributes:
         steps: optimizer steps of the whole run.
         global_batch: sequences per optimizer step over all ranks; the accumulation follows from it.
-        micro_batch: sequences per rank and forward pass.
+        micro_batch: sequences per forward pass of a rank, or of the ranks that share them
+            (mesh.group).
         evaluate_every: steps between validations; 0 validates only at the end.
         evaluate_sequences: sequences of a validation during training; 0 takes all. The last one
             always takes all.
@@ -75,6 +77,7 @@ class RunConfig:
         seed: seeds weights and random generators; the data order has data.shuffle_seed.
         data: corpus and loader.
         model: sizes and kinds.
+        mesh: which ranks share a sequence.
         engine: precision, optimizer, schedule, offload.
         train: steps, batch, cadence.
         checkpoint: cadence and retention.
@@ -87,6 +90,7 @@ class RunConfig:
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -97,6 +101,7 @@ class RunConfig:
 MAY_CHANGE = (
     "runs",
     "launch.",
+    "mesh.",
     "checkpoint.",
     "spikes.",
     "data.path",

@@ -21,7 +21,7 @@ from launcher.components import accumulation
 from launcher.config import ConfigError, RunConfig
 from launcher.lifecycle import RunError, RunFolder
 from launcher.path_verb import run_folder
-from launcher.ranks import launch, world_size
+from launcher.ranks import launch, ranks_per_node, world_size
 from launcher.summary import summary
 
 USAGE = """usage: tiny-onn pretrain CONFIG [--dotted.key value ...]
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         print(summary(folder.root))
         return 0
     try:
-        accumulation(cfg, world_size(cfg.launch))
+        accumulation(cfg, world_size(cfg.launch), ranks_per_node(cfg.launch))
         prepare_corpus(cfg, node)
         cfg = resolved(cfg)
         agree_with_saved(cfg, folder)

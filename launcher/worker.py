@@ -83,18 +83,32 @@ EXPECTED = (
 """Errors whose message says what was found and what to do: a traceback would only hide that."""
 
 
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What a collective call over TCP says when the process at the other end is gone."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns its exit code."""
     try:
         return run(argv)
     except EXPECTED as e:
-        rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TINY_ONN_TRY", "")
-        where = Path(argv[0]).parent / f"{attempt}-rank{rank}.traceback"
-        with contextlib.suppress(OSError):
-            where.write_text(traceback.format_exc())
-        print(f"rank {rank}: {e}\n(traceback: {where})", file=sys.stderr, flush=True)
-        # Threads of libraries that wait for a peer must not keep the process.
-        os._exit(1)
+        _end(argv, str(e))
+    except RuntimeError as e:
+        if not any(text in str(e) for text in LOST_PEER):
+            raise
+        _end(argv, "lost the connection to another rank; the one that ended first says why")
+    return 1
+
+
+def _end(argv: Sequence[str], message: str) -> None:
+    """Say what ended this rank, keep the traceback in a file, and exit with 1."""
+    rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TINY_ONN_TRY", "")
+    where = Path(argv[0]).parent / f"{attempt}-rank{rank}.traceback"
+    with contextlib.suppress(OSError):
+        where.write_text(traceback.format_exc())
+    print(f"rank {rank}: {message}\n(traceback: {where})", file=sys.stderr, flush=True)
+    # Threads of libraries that wait for a peer must not keep the process.
+    os._exit(1)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -18,6 +18,18 @@ RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 """What torchrun sets for every process that it starts."""
 
 
+@dataclass
+class MeshConfig:
+    """How the ranks are arranged.
+
+    Attributes:
+        group: ranks that share every sequence: each holds a part of its tokens, and whole KV groups
+            in attention. Divides attention.groups or is a multiple of them; 1 shares nothing.
+    """
+
+    group: int = 1
+
+
 class MeshError(RuntimeError):
     """The process cannot take its place among its peers; the message says what to change."""
 

@@ -64,6 +64,11 @@ class Staged:
         self.rows_LNw: Tensor | None = None
         self.gate = Gate()
         self.deferred_N: Tensor = wanted_N.new_empty(0)
+        self.indexed: Any | None = None
+        if index.inverse_T.is_cuda:
+            # The index and the plan's are on their way to the device; other streams wait for this.
+            device = index.inverse_T.device
+            self.indexed = torch.cuda.current_stream(device).record_event()
 
     def places_of(self, rows_P: Tensor) -> Tensor:
         """Return the position in `wanted_N` of each row, -1 for those not wanted; int64 [P]."""
@@ -165,6 +170,9 @@ class Parts(Sequence[Tensor]):
             else:
                 self._on_device = torch.empty(shape, dtype=rows_LNw.dtype, device=device)
                 self._stream.wait_stream(torch.cuda.current_stream(device))
+
+            if staged.indexed is not None:
+                self._stream.wait_event(staged.indexed)
 
     def __len__(self) -> int:
         """Return L."""

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from kernels.documents import Documents
 from kernels.full_attention import FullCache, full_attention, full_decode
-from kernels.nsa import NsaCache, NsaSpec, Phi, nsa_attention, nsa_decode
+from kernels.nsa import KeysValues, NsaCache, NsaSpec, Phi, nsa_attention_part, nsa_decode
+from parallel.group_exchange import GroupExchange, Share
 from tiny_onn.norm_rope import RMSNorm, apply_rope
 
 Cache = NsaCache | FullCache
@@ -135,15 +136,19 @@ class Attention(nn.Module):
             `gate_selected`, `gate_window`, and `selected_distance` in tokens; empty for "full".
     """
 
-    def __init__(self, cfg: AttentionConfig, width: int) -> None:
+    def __init__(
+        self, cfg: AttentionConfig, width: int, exchange: GroupExchange | None = None
+    ) -> None:
         """Draw the weights from the global generator.
 
         Args:
             cfg: kind and sizes.
             width: C of the residual stream.
+            exchange: of the ranks that share a sequence; None where this rank has all of it.
         """
         super().__init__()
         self.cfg = cfg
+        self.exchange = exchange
         self.record = False
         self.stats: dict[str, Tensor] = {}
         H, G, D = cfg.heads, cfg.groups, cfg.head_dim
@@ -195,10 +200,10 @@ class Attention(nn.Module):
         """Attend within each document, or decode one token.
 
         Args:
-            x_TC: normalised residual stream [T, C].
+            x_TC: normalised residual stream [T, C]; with an exchange, of this rank's tokens only.
             cos_TD: `rope_tables` of the tokens' positions in their documents, fp32.
             sin_TD: likewise.
-            docs: document boundaries on x's device; None with a cache.
+            docs: documents of the whole sequence, on x's device; None with a cache.
             cache: of one sequence: T is then 1, the next token, and the cache grows by it.
 
         Returns:
@@ -216,43 +221,92 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos_TD, sin_TD), apply_rope(k, cos_TD, sin_TD)
-        if cfg.kind == "full":
-            if docs is not None:
-                out = full_attention(q, k, v, docs)
-            elif isinstance(cache, FullCache):
-                out = full_decode(q, k, v, cache)
-            else:
-                raise ValueError(f"full attention needs a FullCache, got {type(cache).__name__}")
+        k, v = (x.view(T, cfg.kv_branches, cfg.groups, cfg.head_dim) for x in (k, v))
+        gates = self._gates(x_TC)
+        if docs is None:
+            out = self._decode(q, k, v, gates, cache)
+        elif self.exchange is None:
+            out = self._attend(q, k, v, gates, docs, 0)
         else:
-            out = self._nsa(x_TC, q, k, v, docs, cache)
+            share = self.exchange.share(docs.total)
+            q, k, v, gates = self._to_groups(self.exchange, share, q, k, v, gates)
+            out = self._attend(q, k, v, gates, docs, share.row_first)
+            (out,) = self.exchange.to_tokens(share, out)
         return F.linear(out.reshape(T, -1), self.w_out_CQ)
 
-    def _nsa(
+    def _gates(self, x_TC: Tensor) -> Tensor | None:
+        """Gates [T, H, 3] of compressed, selected, window; None for full attention."""
+        if self.cfg.kind == "full":
+            return None
+        gates = torch.sigmoid(F.linear(x_TC, self.w_gate_GC, self.b_gate_G))
+        return gates.view(-1, self.cfg.heads, 3)
+
+    @staticmethod
+    def _to_groups(
+        exchange: GroupExchange,
+        share: Share,
+        q_tHD: Tensor,
+        k_tbGD: Tensor,
+        v_tbGD: Tensor,
+        gates_tH3: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Trade this rank's tokens for whole KV groups: queries and gates of the row, all keys."""
+        (t, H, D), R = q_tHD.shape, exchange.row
+        b, G = k_tbGD.shape[1:3]
+        k_tRbgD, v_tRbgD = (x.view(t, b, R, G // R, D).transpose(1, 2) for x in (k_tbGD, v_tbGD))
+        parts = [q_tHD.view(t, R, H // R, D), k_tRbgD, v_tRbgD]
+        if gates_tH3 is not None:
+            parts.append(gates_tH3.view(t, R, H // R, 3))
+        q, k, v, *gates = exchange.to_heads(share, *parts)
+        k, v = exchange.gather_rows(share, k, v)
+        return q, k, v, gates[0] if gates else None
+
+    def _branches(self, k_TbGD: Tensor, v_TbGD: Tensor) -> KeysValues:
+        """Keys and values as NSA takes them, k and v of each branch in turn, [T, G, D] each."""
+        shared = 3 if self.cfg.shared_kv else 1
+        k_cmp, k_slc, k_win = k_TbGD.unbind(1) * shared
+        v_cmp, v_slc, v_win = v_TbGD.unbind(1) * shared
+        return k_cmp, v_cmp, k_slc, v_slc, k_win, v_win
+
+    def _decode(
         self,
-        x_TC: Tensor,
-        q_THD: Tensor,
-        k: Tensor,
-        v: Tensor,
-        docs: Documents | None,
+        q_1HD: Tensor,
+        k_1bGD: Tensor,
+        v_1bGD: Tensor,
+        gates_1H3: Tensor | None,
         cache: Cache | None,
     ) -> Tensor:
-        """Gated sum of the three branches, [T, H, D]; k and v are [T, branches·G, D]."""
-        groups = self.cfg.groups
-        gates_TH3 = torch.sigmoid(F.linear(x_TC, self.w_gate_GC, self.b_gate_G))
-        gates_TH3 = gates_TH3.view(-1, self.cfg.heads, 3)
-        shared = 3 if self.cfg.shared_kv else 1
-        k_cmp, k_slc, k_win = torch.split(k, groups, dim=1) * shared
-        v_cmp, v_slc, v_win = torch.split(v, groups, dim=1) * shared
-        kv = (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
-        phi_k, phi_v = self._phi()
-        if docs is None:
-            if not isinstance(cache, NsaCache):
-                raise ValueError(f"NSA needs an NsaCache, got {type(cache).__name__}")
-            return nsa_decode(q_THD, *kv, phi_k, phi_v, gates_TH3, cache)
+        if gates_1H3 is None:
+            if not isinstance(cache, FullCache):
+                raise ValueError(f"full attention needs a FullCache, got {type(cache).__name__}")
+            return full_decode(q_1HD, k_1bGD[:, 0], v_1bGD[:, 0], cache)
+        if not isinstance(cache, NsaCache):
+            raise ValueError(f"NSA needs an NsaCache, got {type(cache).__name__}")
+        kv = self._branches(k_1bGD, v_1bGD)
+        return nsa_decode(q_1HD, *kv, *self._phi(), gates_1H3, cache)
+
+    def _attend(
+        self,
+        q_nHD: Tensor,
+        k_TbGD: Tensor,
+        v_TbGD: Tensor,
+        gates_nH3: Tensor | None,
+        docs: Documents,
+        first: int,
+    ) -> Tensor:
+        """Attend with the queries of tokens [first, first + n); [n, H, D].
+
+        H and G are here the heads and groups at hand, which a rank of a group has a part of.
+        """
+        if gates_nH3 is None:
+            return full_attention(q_nHD, k_TbGD[:, 0], v_TbGD[:, 0], docs, first=first)
         stats: dict[str, Tensor] | None = {} if self.record else None
-        out = nsa_attention(q_THD, *kv, phi_k, phi_v, gates_TH3, docs, self.spec, stats=stats)
+        kv = self._branches(k_TbGD, v_TbGD)
+        out = nsa_attention_part(
+            q_nHD, kv, *self._phi(), gates_nH3, docs, self.spec, first, stats=stats
+        )
         if stats is not None:
-            mean = gates_TH3.detach().float().mean(dim=(0, 1))
+            mean = gates_nH3.detach().float().mean(dim=(0, 1))
             self.stats = {
                 "gate_compressed": mean[0],
                 "gate_selected": mean[1],

@@ -181,9 +181,13 @@ class DenseFfn(nn.Module):
         nn.init.normal_(self.w_out_CF, std=init_std)
 
     def forward(
-        self, x_TC: Tensor, hidden_scale_TF: Tensor | None, loss_scale: Tensor | None = None
+        self,
+        x_TC: Tensor,
+        hidden_scale_TF: Tensor | None,
+        loss_scale: Tensor | None = None,
+        first: int = 0,
     ) -> Tensor:
-        """Return [T, C]; hidden_scale_TF multiplies the hidden activations, loss_scale idles."""
+        """Return [T, C]; hidden_scale_TF multiplies the hidden activations, the others idle."""
         h_TF = activate(self.activation, F.linear(x_TC, self.w_in_IC))
         if hidden_scale_TF is not None:
             h_TF = h_TF * hidden_scale_TF.to(h_TF.dtype)
@@ -256,7 +260,11 @@ class DynMoe(nn.Module):
         return self
 
     def forward(
-        self, x_TC: Tensor, hidden_scale_TF: Tensor | None, loss_scale: Tensor | None
+        self,
+        x_TC: Tensor,
+        hidden_scale_TF: Tensor | None,
+        loss_scale: Tensor | None,
+        first: int = 0,
     ) -> Tensor:
         """Return the weighted sum of the fired experts, [T, C] in the dtype of x.
 
@@ -265,13 +273,20 @@ class DynMoe(nn.Module):
             hidden_scale_TF: factor on the hidden activations [T, F] (DeepEmbed `hidden`) or None.
             loss_scale: fp32 0-dim, d(loss passed to backward)/d(nll of one token); needed to train
                 with surprise. S is free of it; the router's gradient carries it like any other.
+            first: index of x's first token in a sequence that ranks share, so that the same tokens
+                explore however many ranks share it.
         """
         if hidden_scale_TF is not None:
             hidden_scale_TF = hidden_scale_TF.to(x_TC.dtype)
         y_TC = dynmoe_layer(
             x_TC,
             Router(
-                self.direction_EC, self.log_tau, self.theta_E, self.controller_bias_E, self.step_1
+                self.direction_EC,
+                self.log_tau,
+                self.theta_E,
+                self.controller_bias_E,
+                self.step_1,
+                first,
             ),
             self.w_in_EIC,
             self.w_out_ECF,

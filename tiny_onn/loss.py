@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -71,12 +73,14 @@ def cross_entropy_sum(x_TC: Tensor, weight_VC: Tensor, labels_T: Tensor, chunk: 
         x_TC: final hidden states [T, C], fp32 or bf16.
         weight_VC: head weight [V, C], same dtype.
         labels_T: int64 [T], IGNORE where there is nothing to predict.
-        chunk: tokens whose logits exist at once (CPU path).
+        chunk: tokens whose logits exist at once (liger-kernel chooses its own number, so that a
+            chunk's logits take about the memory of `x_TC`).
 
-    On a GPU liger-kernel's fused linear cross entropy does the work; it must be installed there
-    (extra `gpu`).
+    On a GPU liger-kernel's fused linear cross entropy does the work where it is installed (extra
+    `gpu`); it forms the same gradients ahead, with the log-sum-exp in fp32 and the weight's
+    gradient summed in fp32, and scales them by the upstream scalar in the backward.
     """
-    if x_TC.is_cuda:
+    if x_TC.is_cuda and _liger_is_installed():
         from liger_kernel.transformers.fused_linear_cross_entropy import (
             LigerFusedLinearCrossEntropyLoss,
         )
@@ -87,6 +91,11 @@ def cross_entropy_sum(x_TC: Tensor, weight_VC: Tensor, labels_T: Tensor, chunk: 
         return fused(weight_VC, x_TC, labels_T).float()  # type: ignore[no-any-return]
     need_grad = torch.is_grad_enabled() and (x_TC.requires_grad or weight_VC.requires_grad)
     return _ChunkedCrossEntropy.apply(x_TC, weight_VC, labels_T, chunk, need_grad)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@cache
+def _liger_is_installed() -> bool:
+    return find_spec("liger_kernel") is not None
 
 
 class Head(nn.Module):

@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels import Documents
 from kernels.rows import RowIndex
+from parallel.group_exchange import GroupExchange
+from tiny_onn.activations import Activations, Checkpointing, checkpointing_of
 from tiny_onn.attention import Attention, AttentionConfig, Cache
 from tiny_onn.deepembed import DeepEmbedConfig, DeepEmbedScale, DeepEmbedTable, split_layers
 from tiny_onn.dynmoe import DynMoeConfig, build_ffn
@@ -42,7 +43,8 @@ class ModelConfig:
         norm_eps: epsilon of every RMSNorm.
         init_std: standard deviation of the initial weights of embedding and head.
         loss_chunk: tokens whose logits exist at once in the chunked cross entropy.
-        activation_checkpointing: recompute every block in the backward pass.
+        activation_checkpointing: what is kept for the backward pass: "none" recomputes nothing,
+            "recompute" keeps each block's input only, "offload" keeps that in host memory.
     """
 
     vocab_size: int = 0
@@ -52,10 +54,14 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     loss_chunk: int = 1024
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing | bool = "none"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     ffn: DynMoeConfig = field(default_factory=DynMoeConfig)
     deepembed: DeepEmbedConfig = field(default_factory=DeepEmbedConfig)
+
+    def __post_init__(self) -> None:
+        """Give old configurations' true and false their names; raises ValueError on others."""
+        self.activation_checkpointing = checkpointing_of(self.activation_checkpointing)
 
     @property
     def deepembed_width(self) -> int:
@@ -86,10 +92,10 @@ class Block(nn.Module):
 
     gathered_whole = True
 
-    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+    def __init__(self, cfg: ModelConfig, layer: int, exchange: GroupExchange | None = None) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(cfg.width, cfg.norm_eps)
-        self.attention = Attention(cfg.attention, cfg.width)
+        self.attention = Attention(cfg.attention, cfg.width, exchange)
         self.ffn_norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.ffn = build_ffn(cfg.ffn, cfg.width)
         self.deepembed = (
@@ -106,17 +112,21 @@ class Block(nn.Module):
         loss_scale: Tensor,
         values_UW: Tensor | None,
         index: RowIndex | None,
+        first: int,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Return the residual stream after this layer, [T, C]; with a cache, T is one new token."""
+        """Return the residual stream after this layer, [T, C]; with a cache, T is one new token.
+
+        `first` is the index of the first of these tokens in the whole sequence.
+        """
         x_TC = x_TC + self.attention(self.attention_norm(x_TC), cos_TD, sin_TD, docs, cache)
         h_TC = self.ffn_norm(x_TC)
         if self.deepembed is None or values_UW is None or index is None:
-            y_TC: Tensor = self.ffn(h_TC, None, loss_scale)
+            y_TC: Tensor = self.ffn(h_TC, None, loss_scale, first)
         elif self.scales_hidden:
-            y_TC = self.ffn(h_TC, self.deepembed(values_UW, index), loss_scale)
+            y_TC = self.ffn(h_TC, self.deepembed(values_UW, index), loss_scale, first)
         else:
-            y_TC = self.ffn(h_TC, None, loss_scale)
+            y_TC = self.ffn(h_TC, None, loss_scale, first)
             return self.deepembed.modulate(y_TC, values_UW, index, x_TC)
         return x_TC + y_TC
 
@@ -138,19 +148,28 @@ class TokenEmbedding(nn.Module):
 class TinyOnn(nn.Module):
     """The language model."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
-        """Build with weights drawn from the global generator; raises ValueError on bad sizes."""
+    def __init__(self, cfg: ModelConfig, exchange: GroupExchange | None = None) -> None:
+        """Build with weights drawn from the global generator.
+
+        Args:
+            cfg: kinds and sizes.
+            exchange: of the ranks that share every sequence; None where this rank has all of it.
+
+        Raises:
+            ValueError: sizes that cannot be.
+        """
         super().__init__()
         if cfg.vocab_size < 1:
             raise ValueError("model.vocab_size must be set (0 is resolved from the corpus first)")
         self.cfg = cfg
+        self.exchange = exchange
         self.embedding = TokenEmbedding(cfg.vocab_size, cfg.width, cfg.init_std)
         self.deepembed_table = (
             DeepEmbedTable(cfg.vocab_size, cfg.layers * cfg.deepembed_width, cfg.deepembed)
             if cfg.deepembed.kind != "off" and cfg.deepembed.partition == "zero3"
             else None
         )
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
+        self.blocks = nn.ModuleList(Block(cfg, i, exchange) for i in range(cfg.layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.head = Head(
             cfg.vocab_size,
@@ -173,9 +192,10 @@ class TinyOnn(nn.Module):
         """Run the model over packed documents, or over one new token with caches.
 
         Args:
-            ids_T: token ids, int64 [T].
+            ids_T: token ids, int64 [T]: with an exchange, those of this rank's share of the
+                documents' tokens, and so are labels_T and index.
             labels_T: next-token ids with -100 where there is none, int64 [T]; None asks for logits.
-            docs: document boundaries of the T tokens; None with caches.
+            docs: document boundaries of the whole sequence; None with caches.
             loss_scale: fp32 0-dim, d(loss for backward)/d(nll of one token), averaging included.
             layers: DeepEmbed rows of the batch's unique ids, [U, W] of each layer, asked for one
                 after another as the layers come (`rows` partition only).
@@ -185,11 +205,21 @@ class TinyOnn(nn.Module):
         Returns:
             ModelOutput, or fp32 logits [T, V] when labels_T is None.
         """
+        first = 0
         if caches is not None:
             positions_T = torch.tensor([caches[0].length], device=ids_T.device)
         else:
             assert docs is not None
-            positions_T = docs.positions
+            stop = docs.total
+            if self.exchange is not None:
+                share = self.exchange.share(docs.total)
+                first, stop = share.first, share.stop
+            if ids_T.shape[0] != stop - first:
+                raise ValueError(
+                    f"{ids_T.shape[0]} ids for the tokens {first}..{stop} of documents of "
+                    f"{docs.total} in all"
+                )
+            positions_T = docs.positions[first:stop]
         if self.deepembed_table is not None:
             values_UW, index = self.deepembed_table(ids_T)
             layers = split_layers(values_UW, self.cfg.layers)
@@ -198,13 +228,14 @@ class TinyOnn(nn.Module):
         x_TC = self.embedding(ids_T)
         attention = self.cfg.attention
         cos_TD, sin_TD = rope_tables(positions_T, attention.rope_dim, attention.rope_theta)
+        activations = Activations(checkpointing_of(self.cfg.activation_checkpointing))
         for i, block in enumerate(self.blocks):
             values_UW = layers[i] if layers is not None else None
-            inputs = (x_TC, cos_TD, sin_TD, docs, loss_scale, values_UW, index)
-            if self.cfg.activation_checkpointing and torch.is_grad_enabled():
-                x_TC = checkpoint(block, *inputs, use_reentrant=False)
+            inputs = (cos_TD, sin_TD, docs, loss_scale, values_UW, index, first)
+            if caches is not None:
+                x_TC = block(x_TC, *inputs, caches[i])
             else:
-                x_TC = block(*inputs, caches[i] if caches is not None else None)
+                x_TC = activations.run(block, x_TC, *inputs)
         x_TC = self.norm(x_TC)
         if labels_T is None:
             logits_TV: Tensor = self.head(x_TC)

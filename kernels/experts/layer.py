@@ -34,7 +34,8 @@ class Router(NamedTuple):
         log_tau: [1], log of the scale on top of tau_0.
         theta_E: thresholds on top of theta_0.
         bias_E: the controller's bias, fp32; no gradient.
-        step_1: int64 [1]; shifts which tokens explore.
+        step_1: int64 [1]; decides, with a token's index, who explores what.
+        first: index of the first token in a sequence that ranks share.
     """
 
     direction_EC: Tensor
@@ -42,6 +43,7 @@ class Router(NamedTuple):
     theta_E: Tensor
     bias_E: Tensor
     step_1: Tensor
+    first: int = 0
 
 
 def logits(x_TC: Tensor, router: Router, spec: LayerSpec) -> tuple[Tensor, Tensor]:
@@ -145,7 +147,7 @@ def dynmoe_layer(
     with torch.no_grad():
         fired_TE = fire(biased_TE, spec.route.fewest, spec.route.most)
         explored_TE = (
-            explore(biased_TE, fired_TE, router.step_1, spec.route.stride)
+            explore(biased_TE, fired_TE, router.step_1, spec.route.stride, router.first)
             if spec.route.stride
             else None
         )

@@ -119,21 +119,29 @@ def explored_capacity(tokens: int, stride: int) -> int:
     return -(-tokens // stride)
 
 
-def explore(z_TE: Tensor, fired_TE: Tensor, step_1: Tensor, stride: int) -> Tensor:
+def explore(z_TE: Tensor, fired_TE: Tensor, step_1: Tensor, stride: int, first: int = 0) -> Tensor:
     """Bool [T, E]: every stride-th token gets one expert that did not fire, all equally likely.
 
-    The choice is a hash of the token's own scores, so that it needs no generator and no host: the
-    same when the forward is recomputed, another one as soon as the weights move. `step_1` (int64
-    [1]) shifts which tokens explore. A token for which every expert fired explores none.
+    The choice is a hash of the step and of the token's index, so that it needs no generator and no
+    host, is the same when the forward is recomputed, and does not hang on the last bit of a score:
+    however the work is spread over ranks, the same tokens explore the same experts. A token for
+    which every expert fired explores none.
+
+    Args:
+        z_TE: logits, for the shape.
+        fired_TE: bool, who fired.
+        step_1: int64 [1], the optimizer step.
+        stride: tokens per token that explores.
+        first: index of the first of these tokens in the sequence that ranks share.
     """
     tokens, experts = z_TE.shape
     device = z_TE.device
     token_M = torch.arange(explored_capacity(tokens, stride), device=device) * stride
-    token_M = token_M + (step_1 * 2654435761) % stride
+    token_M = token_M + (step_1 * 2654435761 - first) % stride
     inside_M = token_M < tokens
     safe_M = token_M.clamp(max=tokens - 1) if tokens else token_M
-    bits_ME = z_TE.detach().float()[safe_M].view(torch.int32).to(torch.int64)
-    hash_ME = (bits_ME + 40503 * torch.arange(1, experts + 1, device=device)) & 0x7FFFFFFF
+    seed_M1 = ((token_M + first) * 0x9E3779B1 + step_1 * 0x85EBCA6B)[:, None]
+    hash_ME = (seed_M1 + 40503 * torch.arange(1, experts + 1, device=device)) & 0x7FFFFFFF
     for factor in (0x2C1B3C6D, 0x297A2D39):
         hash_ME = ((hash_ME ^ (hash_ME >> 15)) * factor) & 0x7FFFFFFF
     hash_ME = hash_ME ^ (hash_ME >> 15)

@@ -16,11 +16,14 @@ from torch import Tensor
 from kernels.experts.activation import Activation, inner_width
 from kernels.experts.api import Implementation as Products
 from kernels.experts.layer import Router, logits, run_decided
-from kernels.experts.router import fire
+from kernels.experts.router import explore, fire
 from kernels.experts.spec import LayerSpec, ProductTiles, RouteSpec
 from kernels.experts.surprise import SurpriseSpec
 from kernels.experts.triton_layer import dynmoe_triton, route
 from kernels.experts.triton_route import Routing
+
+FIRST = 101
+"""Index of the first token; only exploration looks at it."""
 
 LEAVES = ("x", "direction", "log_tau", "theta", "w_in", "w_out", "scale")
 
@@ -46,7 +49,7 @@ class Case(NamedTuple):
 
     def router(self, leaves: list[Tensor]) -> Router:
         """Return the router of (a copy of) the leaves."""
-        return Router(leaves[1], leaves[2], leaves[3], self.bias_E, self.step_1)
+        return Router(leaves[1], leaves[2], leaves[3], self.bias_E, self.step_1, FIRST)
 
 
 def random_case(
@@ -130,13 +133,11 @@ def wrong_decisions(case: Case, routing: Routing, tolerance: float) -> list[str]
     if not torch.allclose(routing.z_TE.double(), z, rtol=tolerance, atol=tolerance):
         bad.append(f"z is off by {float((routing.z_TE.double() - z).abs().max()):.2e}")
     explored = routing.state_TE == 2
-    wanted = torch.zeros(T, dtype=torch.bool, device=x.device)
+    wanted = torch.zeros_like(explored)
     if spec.stride:
-        offset = int(case.step_1) * 2654435761 % spec.stride
-        wanted = torch.arange(T, device=x.device) % spec.stride == offset
-    wanted &= fired.sum(1) < E
-    if not torch.equal(explored.sum(1), wanted.long()):
-        bad.append("not exactly the chosen tokens explore one expert each")
+        wanted = explore(z, fired, router.step_1, spec.stride, router.first)
+    if not torch.equal(explored, wanted):
+        bad.append("not exactly the chosen tokens explore the chosen expert each")
     p = torch.softmax(torch.where(fired, routing.z_TE.double(), -torch.inf), 1)
     if not torch.allclose(routing.p_TE.double(), p, rtol=1e-5, atol=1e-6):
         bad.append("p is not the softmax over the fired experts")

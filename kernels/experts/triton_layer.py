@@ -74,12 +74,13 @@ def route(
     theta_E: Tensor,
     bias_E: Tensor,
     step_1: Tensor,
+    first: int,
     spec: LayerSpec,
 ) -> Routing:
     """Decide which experts every token runs; see `route_triton`."""
     return route_triton(
         x_TC.detach().contiguous(), direction_EC.detach().contiguous(), log_tau.detach(),
-        theta_E.detach(), bias_E, step_1, spec.route, spec.products.align,
+        theta_E.detach(), bias_E, step_1, first, spec.route, spec.products.align,
     )  # fmt: skip
 
 

@@ -63,10 +63,9 @@ class Routing(NamedTuple):
 
 
 @triton.jit
-def _explored_column(z, fired, columns, E):  # type: ignore[no-untyped-def]
+def _explored_column(seed, fired, columns, E):  # type: ignore[no-untyped-def]
     """Column of the largest hash among the experts that did not fire, and that hash (-1: none)."""
-    bits = z.to(tl.int32, bitcast=True).to(tl.int64)
-    mixed = (bits + 40503 * (columns + 1).to(tl.int64)[None, :]) & 0x7FFFFFFF
+    mixed = (seed[:, None] + 40503 * (columns + 1).to(tl.int64)[None, :]) & 0x7FFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 0x297A2D39) & 0x7FFFFFFF
     mixed = mixed ^ (mixed >> 15)
@@ -94,6 +93,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     tau_0,
     theta_0,
     stride,
+    first,
     C: tl.constexpr,
     E: tl.constexpr,
     FEWEST: tl.constexpr,
@@ -152,9 +152,11 @@ def _route_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     p = weight / tl.sum(weight, axis=1)[:, None]
     state = fired
     if EXPLORE:
-        offset = (tl.load(step_ptr) * 2654435761) % stride
-        hash_, column = _explored_column(biased, fired, columns, E)
-        explores = (rows % stride == offset) & (hash_ >= 0)
+        step = tl.load(step_ptr)
+        token = rows.to(tl.int64) + first
+        seed = token * 0x9E3779B1 + step * 0x85EBCA6B
+        hash_, column = _explored_column(seed, fired, columns, E)
+        explores = (token % stride == (step * 2654435761) % stride) & (hash_ >= 0)
         state = tl.where(explores[:, None] & (columns[None, :] == column[:, None]), 2, state)
     state = tl.where(row_mask[:, None] & column_mask[None, :], state, 0)
 
@@ -253,6 +255,7 @@ def route_triton(
     theta_E: Tensor,
     bias_E: Tensor,
     step_1: Tensor,
+    first: int,
     spec: RouteSpec,
     align: int,
 ) -> Routing:
@@ -264,7 +267,8 @@ def route_triton(
         log_tau: [1].
         theta_E: learned thresholds on top of theta_0.
         bias_E: the controller's bias, fp32.
-        step_1: int64 [1], shifts which tokens explore.
+        step_1: int64 [1]; decides, with a token's index, who explores what.
+        first: index of the first token in a sequence that ranks share.
         spec: how experts are chosen.
         align: groups start at multiples of it, a power of two.
     """
@@ -286,7 +290,7 @@ def route_triton(
     _route_kernel[(N,)](
         x_TC, direction_EC, log_tau, theta_E, bias_E, step_1,
         s_TE, z_TE, p_TE, state_TE, x_inv_T, w_inv_E, count_NE,
-        T, spec.tau_0, spec.theta_0, max(spec.stride, 1),
+        T, spec.tau_0, spec.theta_0, max(spec.stride, 1), first,
         C=C, E=E, FEWEST=min(spec.fewest, E), MOST=min(spec.most, E),
         BIAS_WEIGHS=spec.bias_weighs, EXPLORE=spec.stride > 0, HALF=half,
         BLOCK_T=block_t, BLOCK_C=64 if block_e <= 128 else 32, BLOCK_E=block_e,

@@ -2,6 +2,15 @@
 
 from kernels.nsa.api import nsa_attention
 from kernels.nsa.decode import NsaCache, nsa_decode
+from kernels.nsa.part import KeysValues, nsa_attention_part
 from kernels.nsa.spec import NsaSpec, Phi
 
-__all__ = ["NsaCache", "NsaSpec", "Phi", "nsa_attention", "nsa_decode"]
+__all__ = [
+    "KeysValues",
+    "NsaCache",
+    "NsaSpec",
+    "Phi",
+    "nsa_attention",
+    "nsa_attention_part",
+    "nsa_decode",
+]

@@ -1,13 +1,15 @@
 """`tiny-onn bench attention`: check NSA against fp64, and time it by stage beside dense attention.
 
-Times are medians of CUDA-event intervals; ours and dense are timed in turns in one process. The
-floor of a stage is its arithmetic (tiles of the masks' edges not counted) at the card's dense bf16
-rate; the rate is `peak_tflops` (H100 and H200 SXM: 989).
+Times are medians of CUDA-event intervals; ours and dense are timed in turns in one process, with
+the launches queued before the device begins, as in training, so that the host's own time does not
+count. The floor of a stage is the longer of its arithmetic (tiles of the masks' edges not counted)
+at the card's dense bf16 rate and its inputs and outputs once at the memory's rate.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json as json_module
 import statistics
 import sys
@@ -23,7 +25,15 @@ from kernels.documents import Documents
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_check import Case, compare, random_case
 
-Stage = tuple[Callable[[], Any], float]
+Stage = tuple[Callable[[], Any], float, float]
+"""Launch, floating-point operations, bytes of inputs and outputs."""
+
+PEAK_TFLOPS = 989.0
+PEAK_TBYTES = {"H100": 3.35, "H200": 4.8}
+"""Data sheet of the SXM cards; other cards count as an H100."""
+
+QUEUE_CYCLES = 10_000_000
+"""How long the device waits before a timed region: longer than the host takes to launch one."""
 
 
 def visible_pairs(docs: Documents, spec: NsaSpec) -> tuple[float, float, float]:
@@ -146,30 +156,40 @@ def stages(  # noqa: PLR0915  (a list of launches)
 
     pairs_c, pairs_s, pairs_w = (2.0 * H * x for x in visible_pairs(case.docs, spec))
     phi = 2.0 * layout.n_slots * G * spec.block * (D * D + DV * DV) if maps[0] is not None else 0.0
+    # Bytes of q and the like, of o and the like, of keys and values, and of the partials.
+    qs, os = 2.0 * T * H * D, 2.0 * T * H * DV
+    kv, slots = 2.0 * T * G * (D + DV), 2.0 * layout.n_slots * G * (D + DV)
+    K = spec.selected
     forward: dict[str, Stage] = {
-        "compress": (compress_both, phi),
-        "compressed": (forward_compressed, pairs_c * (D + DV)),
+        "compress": (compress_both, phi, kv + slots),
+        "compressed": (forward_compressed, pairs_c * (D + DV), qs + os + slots),
         "importance+topk": (
             lambda: select_blocks(q, k, lse[0], layout, spec, scale, chunk, configs),
             pairs_c * D,
+            qs + slots / 2,
         ),
-        "lists": (lambda: block_lists(keys, layout.n_blocks, chunk), 0.0),
-        "window": (forward_window, pairs_w * (D + DV)),
-        "selected+merge": (forward_finish, pairs_s * (D + DV)),
-        "of it selected": (forward_selected, pairs_s * (D + DV)),
+        "lists": (lambda: block_lists(keys, layout.n_blocks, chunk), 0.0, 8.0 * T * G * K),
+        "window": (forward_window, pairs_w * (D + DV), qs + os + kv),
+        "selected+merge": (forward_finish, pairs_s * (D + DV), qs + kv + (2 + 2 * K + 2) * os),
+        "of it selected": (forward_selected, pairs_s * (D + DV), qs + kv + K * os),
     }
     backward: dict[str, Stage] = {
         "delta": (
             lambda: branch_deltas(do, compressed, slc, window, gates, lse, lse_slc, configs),
             0.0,
+            4 * os,
         ),
-        "selected": (backward_selected, pairs_s * (3 * D + 2 * DV)),
-        "dq+merge": (lambda: grad_q(True, True, True), (pairs_c + pairs_w) * D),
-        "of it compressed dq": (lambda: grad_q(True, False, False), pairs_c * D),
-        "of it window dq": (lambda: grad_q(False, True, False), pairs_w * D),
-        "compressed dkv": (grad_compressed, pairs_c * (2 * D + 2 * DV)),
-        "window dkv": (grad_window, pairs_w * (2 * D + 2 * DV)),
-        "compress": (compress_both_backward, 2 * phi),
+        "selected": (
+            backward_selected, pairs_s * (3 * D + 2 * DV), qs + os + 3 * kv + K * qs
+        ),
+        "dq+merge": (
+            lambda: grad_q(True, True, True), (pairs_c + pairs_w) * D, (2 + K) * qs + os + kv
+        ),
+        "of it compressed dq": (lambda: grad_q(True, False, False), pairs_c * D, 2 * qs + os),
+        "of it window dq": (lambda: grad_q(False, True, False), pairs_w * D, 2 * qs + os + kv),
+        "compressed dkv": (grad_compressed, pairs_c * (2 * D + 2 * DV), qs + os + 3 * slots),
+        "window dkv": (grad_window, pairs_w * (2 * D + 2 * DV), qs + os + 2 * kv),
+        "compress": (compress_both_backward, 2 * phi, 2 * kv + 2 * slots),
     }  # fmt: skip
     return forward, backward
 
@@ -178,11 +198,17 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
+def hold_device() -> None:
+    """Keep the device busy while the host launches what is to be timed."""
+    torch.cuda._sleep(QUEUE_CYCLES)  # type: ignore[no-untyped-call]
+
+
 def milliseconds(launch: Callable[[], Any], rounds: int = 5, warmup: int = 1) -> float:
     """Median time of one launch by CUDA events."""
     times: list[float] = []
     for i in range(warmup + rounds):
         start, end = _event(), _event()
+        hold_device()
         start.record()
         launch()
         end.record()
@@ -205,10 +231,12 @@ class _Pair:
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
         events = [_event() for _ in range(4)]
+        hold_device()
         events[0].record()
         out = self.run()
         events[1].record()
         do = torch.randn_like(out)
+        hold_device()
         events[2].record()
         torch.autograd.grad(out, self.leaves, do)
         events[3].record()
@@ -244,18 +272,49 @@ def _dense(backend: str, case: Case) -> _Pair:
     return _Pair(run, leaves)
 
 
+def _foreign(case: Case) -> _Pair | None:
+    """flash-linear-attention's NSA, None where it is not installed or does not take the case.
+
+    It compresses by the mean of 64 tokens without overlap, shares keys and values between the
+    branches, wants 16 query heads per group, and has a sliding branch only beside flash-attn.
+    """
+    if importlib.util.find_spec("fla") is None:
+        return None
+    from fla.ops.nsa import parallel_nsa
+
+    leaves = [x.detach().requires_grad_() for x in (*case.tensors[:3], case.tensors[7])]
+    if leaves[0].shape[1] // leaves[1].shape[1] < 16:
+        return None
+    spec, docs = case.spec, case.docs
+    window = spec.window if importlib.util.find_spec("flash_attn") else 0
+    cu_seqlens = docs.cu_seqlens.long() if len(docs.lengths) > 1 else None
+
+    def run() -> Tensor:
+        q, k, v, gates = (x[None] for x in leaves)
+        out: Tensor = parallel_nsa(
+            q, k, v, *gates.unbind(-1), block_counts=spec.selected, block_size=spec.select,
+            window_size=window, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        return out[0]
+
+    return _Pair(run, leaves[: 4 if window else 3])
+
+
 def time_case(
     case: Case,
     *,
     rounds: int = 5,
     dense: Sequence[str] = ("cudnn", "flash"),
-    peak_tflops: float = 989.0,
+    by_stage: bool = True,
 ) -> dict[str, Any]:
-    """Time whole NSA and dense attention in turns, then every stage of ours; milliseconds."""
+    """Time whole NSA, dense attention and others' NSA in turns, then every stage of ours, in ms."""
     from kernels.nsa.triton_api import nsa_attention_triton
 
     pairs = {"nsa": _Pair(lambda: nsa_attention_triton(*case.arguments()), case.tensors)}  # type: ignore[arg-type]
     pairs |= {name: _dense(name, case) for name in dense}
+    foreign = _foreign(case)
+    if foreign is not None:
+        pairs["fla"] = foreign
     for i in range(rounds + 1):
         for pair in pairs.values():
             pair.once(record=i > 0)
@@ -268,14 +327,16 @@ def time_case(
         for name, pair in pairs.items()
     }
     table = {}
+    card = torch.cuda.get_device_name()
+    rate = next((x for name, x in PEAK_TBYTES.items() if name in card), PEAK_TBYTES["H100"])
     for direction, group in zip(("forward", "backward"), stages(case), strict=True):
-        for name, (launch, flops) in group.items():
+        for name, (launch, flops, n_bytes) in group.items() if by_stage else ():
             ms = milliseconds(launch, rounds)
+            floor = max(flops / PEAK_TFLOPS, n_bytes / rate) / 1e9
             table[f"{direction} {name}"] = {
-                "ms": ms,
-                "tflops": flops / ms / 1e9,
-                "of_floor": flops / ms / 1e9 / peak_tflops,
-            }
+                "ms": ms, "tflops": flops / ms / 1e9, "tbytes": n_bytes / ms / 1e9,
+                "of_floor": floor / ms,
+            }  # fmt: skip
     T, H, D = case.tensors[0].shape
     return {
         "tokens": T,
@@ -355,10 +416,11 @@ def print_times(result: dict[str, Any]) -> None:
             f" {row['peak_gib']:9.2f}"
         )
     for name, row in result["stages"].items():
-        rate = (
-            f"{row['tflops']:6.0f} TFLOP/s {100 * row['of_floor']:3.0f}%" if row["tflops"] else ""
+        print(
+            f"{name:>32} {row['ms']:9.3f} {row['tflops']:6.0f} TFLOP/s {row['tbytes']:6.2f} TB/s"
+            f" {100 * row['of_floor']:4.0f}% of the floor",
+            flush=True,
         )
-        print(f"{name:>32} {row['ms']:9.3f} {rate}", flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -72,6 +72,7 @@ class _BlockedNsa(torch.autograd.Function):
         gates_TH3: Tensor,
         plan: Plan,
         scale: float,
+        first: int,
         distances: list[Tensor] | None,
     ) -> Tensor:
         T, H, _ = q_THD.shape
@@ -86,8 +87,8 @@ class _BlockedNsa(torch.autograd.Function):
         outs: list[Tensor] = []
         lses: list[Tensor] = []
         chosen: list[Tensor] = []
-        for tile in plan.tiles:
-            rows = slice(tile.begin, tile.end)
+        for tile in plan.tiles_from(first):
+            rows = slice(tile.begin - first, tile.end - first)
             q_GRBD = q_GRTD[:, :, rows]
             picked = _select(q_GRBD, kc, plan, tile, scale) if tile.scored else None
             if picked is not None:
@@ -101,12 +102,13 @@ class _BlockedNsa(torch.autograd.Function):
                 outs.append(out)
                 lses.append(lse)
         ctx.save_for_backward(q_THD, kc, vc, ks, vs, kw, vw, gates_TH3, *outs, *lses, *chosen)
-        ctx.plan, ctx.scale, ctx.parts = plan, scale, len(outs)
+        ctx.plan, ctx.scale, ctx.first, ctx.parts = plan, scale, first, len(outs)
         return total.to(q_THD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
+        first: int = ctx.first
         q_THD, kc, vc, ks, vs, kw, vw, gates_TH3, *saved = ctx.saved_tensors
         outs, lses = iter(saved[: ctx.parts]), iter(saved[ctx.parts : 2 * ctx.parts])
         chosen = iter(saved[2 * ctx.parts :])
@@ -119,8 +121,8 @@ class _BlockedNsa(torch.autograd.Function):
         dq, dgates = (torch.zeros_like(x, dtype=wide) for x in (q_THD, gates_TH3))
         dq_GRTD, dgates_GRT3 = _by_group(dq, G), _by_group(dgates, G)
         dkv = [[torch.zeros_like(x, dtype=wide) for x in pair] for pair in keys]
-        for tile in plan.tiles:
-            rows = slice(tile.begin, tile.end)
+        for tile in plan.tiles_from(first):
+            rows = slice(tile.begin - first, tile.end - first)
             q_GRBD, grad_GRBE = q_GRTD[:, :, rows], grad_GRTE[:, :, rows]
             picked = next(chosen) if tile.scored else None
             for branch, columns, mask in _branches(plan, tile, picked):
@@ -145,7 +147,7 @@ class _BlockedNsa(torch.autograd.Function):
         inputs = (q_THD, kc, vc, ks, vs, kw, vw, gates_TH3)
         gradients = (dq, *dkv[0], *dkv[1], *dkv[2], dgates)
         cast = [g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
-        return (*cast, None, None, None)
+        return (*cast, None, None, None, None)
 
 
 def _by_group(x_THD: Tensor, groups: int) -> Tensor:
@@ -176,10 +178,12 @@ def nsa_blocked(
     spec: NsaSpec,
     *,
     scale: float | None = None,
+    first: int = 0,
     stats: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Native Sparse Attention in tiles; arguments and result as in `api.nsa_attention`.
 
+    With `first`, queries, gates and result are those of the documents' tokens from `first` on.
     Scores, softmax and sums are fp32 (fp64 for fp64 inputs) whatever the input dtype.
     """
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
@@ -196,6 +200,7 @@ def nsa_blocked(
         gates_TH3.contiguous(),
         plan,
         scale,
+        first,
         distances,
     )
     if stats is not None and distances is not None:

@@ -136,6 +136,7 @@ class Plan:
         self._minus_inf = put(torch.full((), float("-inf")))
         self._masks: dict[tuple[str, tuple[int, int]], Tensor] = {}
         self._mask_bytes = 0
+        self._tiles_from: dict[int, list[Tile]] = {}
         self.tiles = [self._tile(begin, end) for begin, end in cut(docs.lengths, tile)]
 
     def _tile(self, begin: int, end: int) -> Tile:
@@ -158,6 +159,18 @@ class Plan:
             scored=self.spec.selection_blocks(max(seen)) > self.spec.selected,
             shape=(at, end - begin),
         )
+
+    def tiles_from(self, first: int) -> list[Tile]:
+        """Return the tiles of the queries from `first` on."""
+        if first == 0:
+            return self.tiles
+        if first not in self._tiles_from:
+            self._tiles_from[first] = [
+                tile if tile.begin >= first else self._tile(first, tile.end)
+                for tile in self.tiles
+                if tile.end > first
+            ]
+        return self._tiles_from[first]
 
     def _remember(self, name: str, tile: Tile, build: Callable[[], Tensor]) -> Tensor:
         """Keep masks for the next layer and the backward pass, as long as they are small in sum."""

@@ -112,7 +112,10 @@ def check_apart(configs: KernelConfigs, shape: tuple[int, int, int], seconds: in
 
 def once(launch: Any) -> float:
     """Milliseconds of one launch by CUDA events."""
+    from kernels.nsa.bench import hold_device
+
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+    hold_device()
     events[0].record()
     launch()
     events[1].record()

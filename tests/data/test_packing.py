@@ -85,3 +85,15 @@ def test_batches_are_int64_on_the_host() -> None:
 @pytest.mark.parametrize(("vocab", "name"), [(65_536, "uint16"), (65_537, "uint32")])
 def test_ids_are_stored_in_the_smallest_type(vocab: int, name: str) -> None:
     assert token_dtype(vocab).name == name
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 5, 20])
+def test_parts_are_the_batch_with_the_labels_it_had(parts: int) -> None:
+    whole = to_batch(pack([[10, 11, 12], [20], [30, 31], list(range(40, 60))], 13))
+    pieces = [whole.part(part, parts) for part in range(parts)]
+    assert torch.equal(torch.cat([p.ids_T for p in pieces]), whole.ids_T)
+    assert torch.equal(torch.cat([p.labels_T for p in pieces]), whole.labels_T)
+    assert sum(p.n_labels for p in pieces) == whole.n_labels
+    assert all(p.lengths == whole.lengths and p.sample_ids == whole.sample_ids for p in pieces)
+    sizes = [p.ids_T.shape[0] for p in pieces]
+    assert max(sizes) - min(sizes) <= 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tiny_onn import loss
 from tiny_onn.loss import IGNORE, Head, cross_entropy_sum
 
 
@@ -30,9 +31,9 @@ def test_chunked_cross_entropy_equals_torchs_with_every_gradient(chunk: int) -> 
 def test_no_label_at_all_gives_zero_loss_and_zero_gradient() -> None:
     x = torch.randn(4, 8, requires_grad=True)
     w = torch.randn(5, 8, requires_grad=True)
-    loss = cross_entropy_sum(x, w, torch.full((4,), IGNORE), 2)
-    loss.backward()
-    assert loss.item() == 0.0
+    total = cross_entropy_sum(x, w, torch.full((4,), IGNORE), 2)
+    total.backward()
+    assert total.item() == 0.0
     assert x.grad is not None and not x.grad.any()
     assert w.grad is not None and not w.grad.any()
 
@@ -52,3 +53,30 @@ def test_recorded_entropy_is_that_of_the_predictions() -> None:
     head(x, torch.randint(0, 7, (20,)))
     p = torch.softmax(x @ head.weight.t(), dim=-1)
     torch.testing.assert_close(head.stats["entropy"], torch.special.entr(p).sum(-1).mean())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [True, False], ids=["liger", "chunked"])
+def test_on_a_gpu_both_ways_equal_fp64_up_to_bf16(
+    monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    if fused:
+        assert loss._liger_is_installed(), "liger-kernel is missing: pip install tiny-onn[gpu]"
+    monkeypatch.setattr(loss, "_liger_is_installed", lambda: fused)
+    T, V, C, scale = 3000, 20_001, 256, 2.0 / 3000
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(T, C, generator=generator, device="cuda").bfloat16().requires_grad_()
+    w = torch.randn(V, C, generator=generator, device="cuda").mul(0.1).bfloat16().requires_grad_()
+    labels = torch.randint(0, V, (T,), generator=generator, device="cuda")
+    labels[::3] = IGNORE
+    found = cross_entropy_sum(x, w, labels, 1000)
+    assert found.dtype == torch.float32
+    gradients = torch.autograd.grad(found * scale, (x, w))
+    x64, w64 = (t.detach().double().requires_grad_() for t in (x, w))
+    wanted = nn.functional.cross_entropy(x64 @ w64.t(), labels, reduction="sum")
+    assert float(found) == pytest.approx(float(wanted), rel=1e-4)
+    for f, e in zip(gradients, torch.autograd.grad(wanted * scale, (x64, w64)), strict=True):
+        assert float((f.double() - e).norm() / e.norm()) < 1e-2
+    nothing = cross_entropy_sum(x, w, torch.full_like(labels, IGNORE), 1000)
+    assert float(nothing) == 0.0
+    assert not any(g.any() for g in torch.autograd.grad(nothing, (x, w)))

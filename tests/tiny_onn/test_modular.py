@@ -106,15 +106,45 @@ def test_every_parameter_gets_a_gradient(kind: str) -> None:
 def test_activation_checkpointing_changes_no_loss_and_no_gradient(kind: str) -> None:
     ids = torch.randint(0, V, (140,))
     gradients = []
-    for recompute in (False, True):
-        model = _model(replace(KINDS[kind], activation_checkpointing=recompute))
+    for keep in ("none", "recompute", "offload"):
+        model = _model(replace(KINDS[kind], activation_checkpointing=keep))
         output = model(ids, ids.roll(-1), Documents([50, 90]), ONE / 140)
         output.loss.backward()
         gradients.append(
             [output.loss.detach()] + [p.grad for p in model.parameters()]  # type: ignore[misc]
         )
-    for plain, recomputed in zip(*gradients, strict=True):
+    for plain, recomputed, offloaded in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
+        assert torch.equal(plain, offloaded)
+
+
+def test_checkpointing_has_its_earlier_names_and_refuses_others() -> None:
+    assert ModelConfig(activation_checkpointing=True).activation_checkpointing == "recompute"
+    assert ModelConfig(activation_checkpointing=False).activation_checkpointing == "none"
+    with pytest.raises(ValueError, match="'disk' is none of none, recompute, offload"):
+        ModelConfig(activation_checkpointing="disk")  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_offloaded_activations_come_back_bitwise_and_free_the_gpu() -> None:
+    cfg = replace(DENSE, width=256, layers=8)
+    ids = torch.randint(0, V, (8192,), device="cuda")
+    docs = Documents([8192], "cuda")
+    gradients, peaks = [], []
+    for keep in ("recompute", "offload"):
+        model = _model(replace(cfg, activation_checkpointing=keep)).cuda()
+        for _ in range(2):
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            base = torch.cuda.memory_allocated()
+            output = model(ids, ids.roll(-1), docs, ONE.cuda() / 8192)
+            output.loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated() - base)
+        gradients.append([p.grad for p in model.parameters()])
+    for kept, moved in zip(*gradients, strict=True):
+        assert kept is not None and moved is not None and torch.equal(kept, moved)
+    # Seven of the eight inputs of 8 MiB are away at the peak.
+    assert peaks[1] < peaks[0] - 3 * 8192 * 256 * 4
 
 
 def test_both_homes_of_the_table_give_the_same_loss_and_gradients() -> None:
