@@ -26,6 +26,7 @@ from launcher.metrics import StepRecord, memory_bytes, recording
 from launcher.resume import restore, save
 from launcher.rollback import roll_back
 from launcher.spikes import SpikeError
+from launcher.stragglers import Stragglers
 from launcher.trace import Trace
 from parallel.engine import StepResult
 from tiny_onn.dynmoe import update_controllers
@@ -68,6 +69,7 @@ class Trainer:
         self.trace = Trace(folder.root / "traces", at, cfg.train.trace_steps, self.c.mesh.device)
         self.checkpoint_seconds = 0.0
         self.saved = self.c.step
+        self.stragglers = Stragglers(self.c.engine.module, self.c.mesh)
 
     def train(self) -> Literal["done", "stopped"]:
         """Train to the last step, or until asked to stop; either way a checkpoint is left."""
@@ -159,6 +161,7 @@ class Trainer:
         Raises:
             DataError: a rank cannot read its data; on all ranks, after a checkpoint.
         """
+        self.stragglers.begin()
         cursor = self.c.loader.state_dict()
         batches: list[Batch] = []
         failure: DataError | None = None
@@ -208,6 +211,8 @@ class Trainer:
             behind = {} if event is None else {"behind": event}
             event = {"kind": "skipped", "reason": c.spikes.reason, **behind}
         checkpoint, self.checkpoint_seconds = self.checkpoint_seconds, 0.0
+        shares = self.stragglers.shares(c.stop.heard())
+        c.stop.tell(self.stragglers.facts(timer.seconds["data"], timer.total()))
         return StepRecord(
             step=c.step,
             loss=loss,
@@ -228,6 +233,7 @@ class Trainer:
             memory_bytes=memory_bytes(c.engine.device),
             mfu=mfu(tokens_per_s, self.flops, c.engine.device, c.mesh.world),
             tables=tables,
+            extra=shares,
         )
 
     def _due(self, every: int, step: int | None = None) -> bool:

@@ -350,7 +350,7 @@ def test_a_flipped_bit_is_found_before_a_sample_of_the_shard_is_used(
     loader = open_loader(copied)
     for shard in (copied / "train").glob("*.mds"):
         flip(shard)
-    with pytest.raises(DataError, match=r"shard\.\d+\.mds is damaged: SHA-256 .*data build"):
+    with pytest.raises(DataError, match=r"(?s)shard\.\d+\.mds is damaged: SHA-256 .*data build"):
         loader.next_step()
 
 
