@@ -87,6 +87,7 @@ with _stand_ins():
     from streaming.base.dataset import _ShardState as ShardState
     from streaming.base.format.mds.encodings import _encodings
     from streaming.base.storage.download import CloudDownloader
+    from streaming.base.util import retry
 
 # Ranks that share samples make it warn, at every start, of its own count of samples. The position
 # that a run goes on from is the loader's (data/loader.py), which counts each sample once.
@@ -97,4 +98,12 @@ logging.getLogger("streaming.base.dataset").addFilter(
 # A stranger's corpus could name it as the type of a column, and its samples would be code.
 _encodings.pop("pkl", None)
 
-__all__ = ["CloudDownloader", "MDSWriter", "ShardState", "StreamingDataLoader", "StreamingDataset"]
+
+__all__ = [
+    "CloudDownloader",
+    "MDSWriter",
+    "ShardState",
+    "StreamingDataLoader",
+    "StreamingDataset",
+    "retry",
+]

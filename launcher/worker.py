@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m launcher.worker CONFIG.yaml train|evaluate|generate [JSON]`.
+"""One rank of a run: `python -m launcher.worker CONFIG.yaml train|evaluate|follow|generate [JSON]`.
 
 Started by `launcher.ranks`, never by hand.
 """
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from launcher import config
 from launcher.components import Components, build
 from launcher.evaluate import text_sample, validate
+from launcher.follow import Follower
 from launcher.lifecycle import RunFolder
 from launcher.redact import redact
 from launcher.resume import restore
@@ -39,6 +40,22 @@ def train(cfg: config.RunConfig, folder: RunFolder) -> None:
     dist.barrier()
     if outcome == "done" and trainer.c.mesh.rank == 0:
         folder.mark_done(trainer.c.step)
+
+
+def follow(cfg: config.RunConfig, run: RunFolder, arguments: dict[str, Any]) -> None:
+    """Evaluate the checkpoints of a run, those to come too; says in a file when nothing is left."""
+    own = RunFolder(run.root / "evaluation").create()
+    held = own.root / "held"
+    held.mkdir(exist_ok=True)
+    c = build(cfg, own, held)
+    follower = Follower(c, run, held, int(arguments["sequences"]))
+    why = follower.follow(bool(arguments["until_done"]), float(arguments["patience"]))
+    asked_to_stop = bool(c.stop.local())
+    c.close()
+    if c.mesh.is_first:
+        print(why, flush=True)
+        if not asked_to_stop:
+            (own.logs / f"{own.attempt}.finished").write_text(f"{why}\n")
 
 
 def evaluate(c: Components, arguments: dict[str, Any]) -> str:
@@ -109,6 +126,8 @@ def run(argv: Sequence[str]) -> int:
     folder = RunFolder(Path(cfg.runs) / cfg.name)
     if argv[1] == "train":
         train(cfg, folder)
+    elif argv[1] == "follow":
+        follow(cfg, folder, json.loads(argv[2]))
     else:
         arguments = json.loads(argv[2])
         c = build(cfg, RunFolder(folder.root / "evaluation").create(), folder.checkpoints)

@@ -75,6 +75,47 @@ def test_table_numbers_are_those_of_all_ranks(reference: Path) -> None:
     assert json.loads((reference / "heartbeat").read_text())["step"] == 12
 
 
+def test_a_shard_that_changes_stops_the_run_with_a_checkpoint_and_mended_it_goes_on(
+    reference: Path, corpus: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    path, run = tiny_config(tmp_path, copy), tmp_path / "runs" / "tiny"
+    process = tiny_onn("pretrain", path, "--checkpoint.every", "100")
+    deadline = time.monotonic() + 240
+    while len(rows(run)) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None, finish(process)[1]
+        time.sleep(0.01)
+    shards = list((copy / "train").glob("*.mds"))
+    good = [shard.read_bytes() for shard in shards]
+    for shard, content in zip(shards, good, strict=True):
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    code, output = finish(process)
+    assert code == 1
+    assert "is damaged: SHA-256" in output
+    done = len(rows(run))
+    assert f"stopped after step {done}; a checkpoint of step {done} is kept" in output
+    assert (run / "checkpoints" / f"step-{done:08}" / "COMMITTED").exists()
+    for shard, content in zip(shards, good, strict=True):
+        shard.write_bytes(content)
+    code, output = finish(tiny_onn("pretrain", path))
+    assert code == 0, output
+    _assert_same_run(run, reference)
+
+
+def test_every_checkpoint_is_evaluated_once_beside_the_run(reference: Path) -> None:
+    results = reference / "evaluation" / "evaluation.jsonl"
+    for _ in range(2):
+        code, output = finish(tiny_onn("eval", reference, "--follow"))
+        assert code == 0, output
+        assert "every committed checkpoint is evaluated" in output
+        found = [json.loads(line) for line in results.read_text().splitlines()]
+        assert [r["step"] for r in found] == [4, 8, 12]
+    last = json.loads((reference / "validation.jsonl").read_text().splitlines()[-1])
+    assert (found[-1]["loss"], found[-1]["labels"]) == (last["loss"], last["labels"])
+    assert list((reference / "evaluation" / "tensorboard").glob("events.out.tfevents.*"))
+    assert not (reference / "evaluation" / "held").exists()
+
+
 def test_a_second_call_says_that_the_run_is_done(reference: Path) -> None:
     code, output = finish(tiny_onn("pretrain", reference.parents[1] / "tiny.yaml"))
     assert code == 0 and "is done" in output and "validation loss" in output
