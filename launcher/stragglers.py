@@ -30,8 +30,9 @@ class Stragglers:
         self.device = mesh.device
         self._seconds = 0.0
         self._begun: list[Any] = []
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._spare: list[torch.cuda.Event] = []
+        # torch.cuda.Event has no types.
+        self._spans: list[tuple[Any, Any]] = []
+        self._spare: list[Any] = []
         blocks = model.blocks
         assert isinstance(blocks, nn.ModuleList)
         for module in blocks[len(blocks) // 2].modules():
@@ -92,7 +93,8 @@ class Stragglers:
         elif not torch.cuda.is_current_stream_capturing():
             self._spans.append((self._begun.pop(), self._event()))
 
-    def _event(self) -> torch.cuda.Event:
-        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+    def _event(self) -> Any:
+        make: Any = torch.cuda.Event
+        event = self._spare.pop() if self._spare else make(enable_timing=True)
+        event.record()
         return event
