@@ -21,6 +21,7 @@ from launcher.components import Components, build
 from launcher.evaluate import text_sample, validate
 from launcher.follow import Follower
 from launcher.lifecycle import RunFolder
+from launcher.redact import redact
 from launcher.resume import restore
 from launcher.train import Trainer
 from parallel.checkpoint import CheckpointError
@@ -95,8 +96,10 @@ def main(argv: Sequence[str]) -> int:
         _end(argv, str(e))
     except RuntimeError as e:
         if not any(text in str(e) for text in LOST_PEER):
-            raise
+            _crash()
         _end(argv, "lost the connection to another rank; the one that ended first says why")
+    except Exception:
+        _crash()
     return 1
 
 
@@ -105,9 +108,15 @@ def _end(argv: Sequence[str], message: str) -> None:
     rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TINY_ONN_TRY", "")
     where = Path(argv[0]).parent / f"{attempt}-rank{rank}.traceback"
     with contextlib.suppress(OSError):
-        where.write_text(traceback.format_exc())
-    print(f"rank {rank}: {message}\n(traceback: {where})", file=sys.stderr, flush=True)
+        where.write_text(redact(traceback.format_exc()))
+    print(redact(f"rank {rank}: {message}\n(traceback: {where})"), file=sys.stderr, flush=True)
     # Threads of libraries that wait for a peer must not keep the process.
+    os._exit(1)
+
+
+def _crash() -> None:
+    """Show the traceback of an error that nobody expected, and exit with 1."""
+    print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
     os._exit(1)
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from kernels.experts.activation import activate
 from kernels.experts.layer import dynmoe_layer
+from kernels.experts.spec import ProductTiles
 from kernels.experts.surprise import SurpriseSpec
 from kernels.experts.triton_check import Case, compare, decide, random_case, run_triton
 
@@ -118,12 +119,22 @@ def liger_call(case: Case, k: int) -> Call:
 
 
 def variants(
-    tokens: int, experts: int, width: int, hidden: int, mean: float, peer: bool
+    tokens: int,
+    experts: int,
+    width: int,
+    hidden: int,
+    mean: float,
+    peer: bool = False,
+    products: ProductTiles | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, Call]:
-    """What is timed, by name; a variant that cannot be built is left out with a line saying why."""
+    """What is timed, by name, or every n-th of it (`part`: first, n).
+
+    A variant that cannot be built is left out with a line saying why.
+    """
     sizes = (tokens, experts, width, hidden)
     k = round(mean)
-    common: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+    common: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "products": products}
 
     def layer(implementation: str = "triton", **kw: Any) -> Call:
         arguments: dict[str, Any] = {
@@ -162,7 +173,7 @@ def variants(
         PEER: lambda: liger_call(random_case(*sizes, **common, most=k, fewest=k, mean=mean), k),
     }
     built = {}
-    for name, build in builders.items():
+    for name, build in list(builders.items())[part[0] :: part[1]]:
         if name == PEER and not peer:
             continue
         try:
@@ -223,7 +234,7 @@ def kernel_table(call: Call) -> list[tuple[str, int, float]]:
     return sorted(rows, key=lambda row: -row[2])
 
 
-def _print_times(title: str, times: dict[str, dict[str, float]]) -> None:
+def print_times(title: str, times: dict[str, dict[str, float]]) -> None:
     dense = min(
         (row["ms"] for name, row in times.items() if name.startswith("dense")), default=float("nan")
     )
@@ -236,6 +247,16 @@ def _print_times(title: str, times: dict[str, dict[str, float]]) -> None:
             f"{row['host_ms']:8.2f} {row['peak_gib']:9.2f}",
             flush=True,
         )
+
+
+def print_kernels(name: str, call: Call, each: bool) -> list[tuple[str, int, float]]:
+    """Print how many kernels a call launches, and `each` of the longest; returns all of them."""
+    table = kernel_table(call)
+    total = sum(row[2] for row in table)
+    print(f"{name}: {sum(row[1] for row in table)} launches, {total:.0f} us of kernels")
+    for kernel, count, us in table[: 18 if each else 0]:
+        print(f"  {us:9.1f} us {count:3d}x {kernel[:70]}", flush=True)
+    return table
 
 
 def bench_experts(
@@ -273,16 +294,11 @@ def bench_experts(
         calls = variants(tokens, experts, width, hidden, mean, peer)
         times = time_in_turns(calls, rounds)
         title = f"T={tokens} E={experts} C={width} F={hidden} mean={mean:g} bf16, fwd + bwd"
-        _print_times(title, times)
+        print_times(title, times)
         entry: dict[str, Any] = {"title": title, "variants": times, "kernels": {}}
         for name in ("ours", "torch", "dense compiled"):
             if name in calls:
-                table = kernel_table(calls[name])
-                entry["kernels"][name] = table
-                total = sum(row[2] for row in table)
-                print(f"{name}: {sum(row[1] for row in table)} launches, {total:.0f} us of kernels")
-                for kernel, count, us in table[: 16 if name == "ours" else 0]:
-                    print(f"  {us:9.1f} us {count:3d}x {kernel[:70]}", flush=True)
+                entry["kernels"][name] = print_kernels(name, calls[name], name == "ours")
         results["times"].append(entry)
         if json is not None:
             json.write_text(json_module.dumps(results, indent=1))

@@ -359,6 +359,11 @@ CHECKS: tuple[dict[str, Any], ...] = (
     {"lengths": [900], "heads": 8, "groups": 1, "dim": 96},
     {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "magnitude": 3e3},
     {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "equal": True},
+    {"lengths": [1, 15, 31, 32, 33, 63, 64, 65, 127, 1000], "heads": 16, "groups": 1, "dim": 128},
+    {"lengths": [1, 63, 1500], "heads": 16, "groups": 2, "dim": 128},
+    {"lengths": [1300], "heads": 16, "groups": 1, "dim": 128, "magnitude": 3e3},
+    {"lengths": [1300], "heads": 16, "groups": 1, "dim": 64, "equal": True},
+    {"lengths": [65, 700], "heads": 12, "groups": 3, "dim": 64},
 )
 
 
@@ -371,10 +376,12 @@ def bench_attention(
     check: bool = False,
     json: str | Path | None = None,
     rounds: int = 5,
+    documents: int = 0,
 ) -> int:
     """Check (`check`) and time NSA; print a table, write everything to `json`; return an exit code.
 
-    1 when a check fails or there is no CUDA device to time on.
+    With `documents`, a pack of that many of 100 to 2,000 tokens is timed beside one sequence as
+    long. Returns 1 when a check fails or there is no CUDA device to time on.
     """
     if not torch.cuda.is_available():
         print("bench attention needs a CUDA device, and torch sees none")
@@ -398,6 +405,20 @@ def bench_attention(
         result = time_case(random_case([n], heads, groups, dim), rounds=rounds)
         results["times"].append(result)
         print_times(result)
+    if documents:
+        draw = torch.Generator().manual_seed(0)
+        pack = torch.randint(100, 2001, (documents,), generator=draw).tolist()
+        both = [
+            time_case(random_case(n, heads, groups, dim), rounds=rounds, dense=(), by_stage=False)
+            for n in (pack, [sum(pack)])
+        ]
+        for result in both:
+            print_times(result)
+        cost = [
+            sum(x["whole"]["nsa"][f"{way}_ms"] for way in ("forward", "backward")) for x in both
+        ]
+        print(f"the pack costs {cost[0] / cost[1]:.2f} of one sequence as long")
+        results["packed"] = both
     if json is not None:
         Path(json).write_text(json_module.dumps(results, indent=1))
     return int(failed)
@@ -432,6 +453,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="compare with fp64 first")
     parser.add_argument("--json", type=Path, default=None, help="write everything to this file")
     parser.add_argument("--rounds", type=int, default=5, help="timed launches of each")
+    parser.add_argument(
+        "--documents", type=int, default=0, help="also time a pack of so many documents"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

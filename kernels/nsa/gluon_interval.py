@@ -10,6 +10,8 @@ exponentials run beside a product.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
@@ -26,6 +28,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.nsa.triton_interval import LOG2_E
 
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@cache
+def tile_layout(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([rows, width], GLUON_DTYPES[dtype])
 
 
 @gluon.jit
@@ -244,7 +252,7 @@ def interval_forward_gluon(
 def tile_descriptor(x_NGD: Tensor, rows: int) -> TensorDescriptor:
     """Describe [rows, D] tiles of x, whose heads lie side by side, to the copy engine."""
     N, G, D = x_NGD.shape
-    layout = gl.NVMMASharedLayout.get_default_for([rows, D], GLUON_DTYPES[x_NGD.dtype])
+    layout = tile_layout(rows, D, x_NGD.dtype)
     return TensorDescriptor(x_NGD, [N, G * D], [x_NGD.stride(0), 1], [rows, D], layout)
 
 

@@ -305,11 +305,20 @@ def block_lists(keys_TGK: Tensor, n_blocks: int, list_tokens: int) -> BlockLists
     return BlockLists(order.to(torch.int32), bounds, list_tokens, n_chunks)
 
 
+@triton.jit
+def first_piece(bounds_ptr, list0, local, SIZE: tl.constexpr):
+    """Number, in its chunk, of the first piece of list `local` of the chunk that starts at list0.
+
+    Rounding down leaves every list room for its pieces, and needs no sum over the lists before.
+    """
+    below = tl.load(bounds_ptr + list0 + local) // SIZE
+    return below - tl.load(bounds_ptr + list0) // SIZE + local
+
+
 # Sizes that change with every pack of documents must not each compile a kernel anew.
 @triton.jit(do_not_specialize=("lists_per_chunk", "most_per_chunk", "NB"))
 def pieces_kernel(
     bounds_ptr,
-    first_ptr,
     table_ptr,
     lists_per_chunk,
     most_per_chunk,
@@ -320,32 +329,27 @@ def pieces_kernel(
 ):
     """Row (chunk, number) of the table: begin, end, block and 2 * group + (the list's only piece).
 
-    The list is the last of the chunk whose first piece is at most the row's; begin = end = 0 for
-    rows beyond the chunk's pieces.
+    Numbers without a piece have an end that is not above their begin.
     """
     chunk = tl.program_id(1)
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     list0 = chunk * lists_per_chunk
-    piece = tl.load(first_ptr + list0) + number
-    real = piece < tl.load(first_ptr + list0 + lists_per_chunk)
     low = tl.zeros((ROWS,), tl.int32)
     high = tl.zeros((ROWS,), tl.int32) + lists_per_chunk
     for _ in range(STEPS):
         middle = (low + high) // 2
-        left = tl.load(first_ptr + list0 + middle, mask=real, other=0) <= piece
+        left = first_piece(bounds_ptr, list0, middle, SIZE) <= number
         low = tl.where(left, middle, low)
         high = tl.where(left, high, middle)
-    owner = list0 + low
-    first = tl.load(first_ptr + owner, mask=real, other=0)
-    alone = tl.load(first_ptr + owner + 1, mask=real, other=0) - first == 1
-    begin = tl.load(bounds_ptr + owner, mask=real, other=0) + (piece - first) * SIZE
-    end = tl.minimum(begin + SIZE, tl.load(bounds_ptr + owner + 1, mask=real, other=0))
+    start = tl.load(bounds_ptr + list0 + low)
+    stop = tl.load(bounds_ptr + list0 + low + 1)
+    begin = start + (number - first_piece(bounds_ptr, list0, low, SIZE)) * SIZE
     at = table_ptr + (chunk * most_per_chunk + number) * 4
     inside = number < most_per_chunk
-    tl.store(at, tl.where(real, begin, 0), mask=inside)
-    tl.store(at + 1, tl.where(real, end, 0), mask=inside)
+    tl.store(at, begin, mask=inside)
+    tl.store(at + 1, tl.minimum(begin + SIZE, stop), mask=inside)
     tl.store(at + 2, low % NB, mask=inside)
-    tl.store(at + 3, low // NB * 2 + alone.to(tl.int32), mask=inside)
+    tl.store(at + 3, low // NB * 2 + (stop - start <= SIZE).to(tl.int32), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -354,27 +358,25 @@ class Pieces:
 
     Attributes:
         table: int32 [chunks * most_per_chunk, 4], see `pieces_kernel`.
-        first: int32 [lists + 1], first piece of each list.
         most_per_chunk: host bound on the pieces of a chunk: surplus programs leave at once.
+        size: of a piece.
     """
 
     table: Tensor
-    first: Tensor
     most_per_chunk: int
+    size: int
 
 
 def cut_pieces(lists: BlockLists, groups: int, n_blocks: int, slots: int, size: int) -> Pieces:
     """Cut every list into pieces of at most `size` queries without reading anything back."""
-    counts = lists.bounds.diff()
-    first = torch.zeros_like(lists.bounds)
-    torch.cumsum((counts + (size - 1)) // size, 0, dtype=torch.int32, out=first[1:])
     entries = min(lists.order.numel(), lists.chunk_tokens * groups * slots)
-    most_per_chunk = entries // size + min(groups * n_blocks, entries)
-    table = torch.empty(lists.n_chunks * most_per_chunk, 4, dtype=torch.int32, device=first.device)
+    most_per_chunk = entries // size + 1 + groups * n_blocks
+    table = torch.empty(
+        lists.n_chunks * most_per_chunk, 4, dtype=torch.int32, device=lists.order.device
+    )
     rows = 128
     pieces_kernel[(triton.cdiv(most_per_chunk, rows), lists.n_chunks)](
         lists.bounds,
-        first,
         table,
         groups * n_blocks,
         most_per_chunk,
@@ -384,4 +386,4 @@ def cut_pieces(lists: BlockLists, groups: int, n_blocks: int, slots: int, size: 
         ROWS=rows,
         num_warps=4,
     )
-    return Pieces(table, first, most_per_chunk)
+    return Pieces(table, most_per_chunk, size)

@@ -344,6 +344,16 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         save(store, 2)
 
 
+def test_read_only_folder_is_named_with_its_own_remedy() -> None:
+    # A file system that root cannot write to, either.
+    store = CheckpointStore(Path("/sys/tiny-onn/checkpoints"), ALONE)
+    with pytest.raises(
+        CheckpointError,
+        match=r"/sys/.*/step-00000002: cannot be written: .*Make the folder writable",
+    ):
+        save(store, 2)
+
+
 def test_what_is_not_json_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     store = saved_alone(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"manifest.json: only plain values"):
