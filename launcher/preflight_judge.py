@@ -2,8 +2,8 @@
 
 `python -m launcher.preflight_judge LOGS TRY` runs where the job's script runs, on what the nodes
 left in `logs/`, and loads nothing but the standard library. A node is unfit when it found a problem
-of its own, differs from the majority in a version, did not report, or fails in every all-reduce that
-it took part in while others work. What is the same on all nodes is no node's fault.
+of its own, differs from the majority in a version, did not report, or fails in every all-reduce
+that it took part in while others work. What is the same on all nodes is no node's fault.
 """
 
 from __future__ import annotations
