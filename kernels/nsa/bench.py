@@ -102,14 +102,13 @@ def stages(  # noqa: PLR0915  (a list of launches)
     def forward_window() -> Tensor:
         return interval_forward(q, kw, vw, seen[0], seen[1], lse[1], scale, configs.window_forward)
 
-    window = forward_window()
-
-    def forward_finish() -> tuple[Tensor, Tensor, Tensor]:
+    def forward_finish() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return finish_forward(
-            q, ks, vs, gates, compressed, window, selected, lists, layout, spec, scale, configs
-        )
+            q, (ks, vs), (kw, vw), gates, compressed, selected, lists, lse[1], layout, spec,
+            scale, configs,
+        )  # fmt: skip
 
-    out, slc, lse_slc = forward_finish()
+    out, slc, window, lse_slc = forward_finish()
     do = torch.randn_like(out)
     delta, folded, delta_slc, folded_slc, _ = branch_deltas(
         do, compressed, slc, window, gates, lse, lse_slc, configs
@@ -125,7 +124,7 @@ def stages(  # noqa: PLR0915  (a list of launches)
     def grad_q(first: bool, second: bool, third: bool) -> None:
         for c in range(lists.n_chunks):
             interval_grad_q(
-                dq, q, do, grad.partials if third else None, selected,
+                dq, q, do, grad.partials if third else None, selected, token[0], spec.select,
                 (c * chunk, min(T, (c + 1) * chunk)), (k, v, token[2], token[3]),
                 (kw, vw, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
                 branches=(first, second),
@@ -169,9 +168,13 @@ def stages(  # noqa: PLR0915  (a list of launches)
             qs + slots / 2,
         ),
         "lists": (lambda: block_lists(keys, layout.n_blocks, chunk), 0.0, 8.0 * T * G * K),
-        "window": (forward_window, pairs_w * (D + DV), qs + os + kv),
-        "selected+merge": (forward_finish, pairs_s * (D + DV), qs + kv + (2 + 2 * K + 2) * os),
+        "selected+window+merge": (
+            forward_finish,
+            (pairs_s + pairs_w) * (D + DV),
+            2 * qs + 2 * kv + (4 + 2 * K) * os,
+        ),
         "of it selected": (forward_selected, pairs_s * (D + DV), qs + kv + K * os),
+        "window alone": (forward_window, pairs_w * (D + DV), qs + os + kv),
     }
     backward: dict[str, Stage] = {
         "delta": (

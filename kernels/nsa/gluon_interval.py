@@ -83,7 +83,7 @@ def _producer(
 
 
 @gluon.jit
-def _softmax(
+def softmax_step(
     s, high_water, total, i, start, full_low, full_high, low, high, scale_log2, BN: gl.constexpr,
     scores: gl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def _consumer(  # noqa: PLR0915  (one kernel)
     s = warpgroup_mma(q, k_s.index(0).permute([1, 0]), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(empty_k.index(0), count=1)
-    p, high_water, total, _ = _softmax(
+    p, high_water, total, _ = softmax_step(
         s, high_water, total, 0, start, full_low, full_high, low, high, scale_log2, BN, scores
     )
     p16 = gl.convert_layout(p.to(dtype), operand)
@@ -139,7 +139,7 @@ def _consumer(  # noqa: PLR0915  (one kernel)
         o_next = warpgroup_mma(p16, v_s.index(old), o, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         mbarrier.arrive(empty_k.index(stage), count=1)
-        p, high_water, total, shrink = _softmax(
+        p, high_water, total, shrink = softmax_step(
             s, high_water, total, i, start, full_low, full_high, low, high, scale_log2, BN, scores
         )
         o = warpgroup_mma_wait(0, deps=(o_next,))

@@ -19,13 +19,7 @@ from torch import Tensor
 
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_config import KernelConfigs, pow2
-from kernels.nsa.triton_interval import (
-    LOG2_E,
-    column_of,
-    gluon_takes,
-    load_tile,
-    tile_sources,
-)
+from kernels.nsa.triton_interval import LOG2_E, column_of, load_tile, tile_sources
 from kernels.nsa.triton_layout import PackedLayout
 
 
@@ -205,51 +199,41 @@ def select_blocks(
     rows = min(T, configs.score_chunk)
     shape = (2 if overlap else 1, rows, G, layout.n_blocks)
     scratch = torch.empty(shape, dtype=torch.float32, device=q_THD.device)
-    gluon = tile.gluon and 128 % ratio == 0 and gluon_takes(q_THD, k_NGD, lse_HT)
     (q,), tma = tile_sources(tile.BM, q_THD)
     for chunk in range(0, T, rows):
         end = min(T, chunk + rows)
         # Blocks are dealt from the start of the pack, so later ones cannot belong to this chunk.
         reach = min(layout.n_slots, ratio * (triton.cdiv(end, spec.select) + layout.extra_blocks))
-        if gluon:
-            from kernels.nsa.gluon_select import launch_importance
-
-            launch_importance(
-                q_THD, k_NGD, lse_HT, scratch[0], scratch[-1], layout.tokens[2],
-                layout.tokens[3], scale, (chunk, end), reach, ratio, overlap, tile.BN,
-                tile.stages,
-            )  # fmt: skip
-        else:
-            importance_kernel[(triton.cdiv(reach, tile.BN), triton.cdiv(end - chunk, tile.BM), G)](
-                q,
-                k_NGD,
-                lse_HT,
-                scratch[0],
-                scratch[-1],
-                layout.tokens[2],
-                layout.tokens[3],
-                scale * LOG2_E,
-                T,
-                chunk,
-                end,
-                layout.n_blocks,
-                layout.n_slots,
-                q_THD.stride(0),
-                q_THD.stride(1),
-                k_NGD.stride(0),
-                k_NGD.stride(1),
-                G=G,
-                HG=H // G,
-                RATIO=ratio,
-                OVERLAP=overlap,
-                D=D,
-                BD=pow2(D),
-                BM=tile.BM,
-                BN=tile.BN,
-                TMA=tma,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
+        importance_kernel[(triton.cdiv(reach, tile.BN), triton.cdiv(end - chunk, tile.BM), G)](
+            q,
+            k_NGD,
+            lse_HT,
+            scratch[0],
+            scratch[-1],
+            layout.tokens[2],
+            layout.tokens[3],
+            scale * LOG2_E,
+            T,
+            chunk,
+            end,
+            layout.n_blocks,
+            layout.n_slots,
+            q_THD.stride(0),
+            q_THD.stride(1),
+            k_NGD.stride(0),
+            k_NGD.stride(1),
+            G=G,
+            HG=H // G,
+            RATIO=ratio,
+            OVERLAP=overlap,
+            D=D,
+            BD=pow2(D),
+            BM=tile.BM,
+            BN=tile.BN,
+            TMA=tma,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
         width = min(layout.longest_blocks, triton.cdiv(end, spec.select))
         top_k_kernel[(triton.cdiv((end - chunk) * G, configs.top_k_rows),)](
             scratch[0],
