@@ -226,7 +226,9 @@ class Parts(Sequence[Tensor]):
             self._buffer.release(self._on_device)
 
     def _leaf(self, k: int) -> Tensor:
-        rows_Uw = self._deliver(k).detach()
+        # .data, not detach(): a version counter of its own, since copies of later layers write
+        # beside this one while autograd keeps it.
+        rows_Uw = self._deliver(k).data
         arrived = self.arrived
         if arrived is None:
             return rows_Uw
