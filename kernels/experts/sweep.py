@@ -3,7 +3,7 @@
     python -m kernels.experts.sweep [--json F] [--sizes 16384,64,2048,1024]
 
 Compiles in parallel processes first (they only fill Triton's cache), checks every candidate against
-torch's product, times each alone, then times the whole layer for every combination of own and
+torch's product, times each alone, then times the whole layer for every some combinations of own and
 torch's products with the best tiles found. The winner belongs into `spec.py`.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json as json_module
 import statistics
 import subprocess
@@ -26,6 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.experts.bench import (
+    Clock,
+    base_case,
+    built,
     layer_call,
     print_kernels,
     print_times,
@@ -33,10 +35,10 @@ from kernels.experts.bench import (
     variants,
 )
 from kernels.experts.spec import ProductTiles, Tiles
-from kernels.experts.surprise import SurpriseSpec
 from kernels.experts.triton_activation import activation_backward_triton, activation_triton
-from kernels.experts.triton_check import Case, random_case
+from kernels.experts.triton_check import Case
 from kernels.experts.triton_products import (
+    ALIGN,
     down_product,
     dx_product,
     hidden_gradients,
@@ -77,14 +79,6 @@ CANDIDATES: dict[str, list[Tiles]] = {
     "dw_in": _WEIGHTS,
     "dw_out": _WEIGHTS,
 }
-
-
-def _case(sizes: Sequence[int], **kwargs: Any) -> Case:
-    tokens, experts, width, hidden = sizes
-    return random_case(
-        tokens, experts, width, hidden, dtype=torch.bfloat16, device="cuda", most=8, mean=4.0,
-        surprise=SurpriseSpec(), stride=50, **kwargs,
-    )  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -197,36 +191,67 @@ def _ms(call: Callable[[], Any], rounds: int = 7) -> float:
     return statistics.median(times)
 
 
-def _jobs() -> list[tuple[str, Tiles]]:
-    return [(name, tiles) for name, found in CANDIDATES.items() for tiles in found]
+def dummy(sizes: Sequence[int]) -> Work:
+    """Operands of the right types and shapes that nothing had to be computed for."""
+    experts = sizes[1]
+    case = base_case([experts, *sizes[1:]], 4.0)
+    ints = torch.zeros(experts * ALIGN, dtype=torch.int32, device="cuda")
+    floats = torch.zeros(experts * ALIGN, device="cuda")
+    ends = torch.arange(1, experts + 1, dtype=torch.int32, device="cuda") * ALIGN
+    r = Routing._make([*[floats] * 9, ints, floats, ends])
+    x, w_in, w_out = (case.leaves[i].detach() for i in (0, 4, 5))
+
+    def rows(width: int) -> Tensor:
+        return torch.zeros(len(ints), width, dtype=torch.bfloat16, device="cuda")
+
+    inner = rows(w_in.shape[1])
+    hidden = rows(w_out.shape[2])
+    return Work(case, r, x, w_in, w_out, x, x, inner, hidden, inner)
 
 
 def warm(part: int, parts: int, sizes: Sequence[int]) -> None:
-    """Compile every parts-th candidate, and by the first part the layer's other kernels."""
-    case = _case([1024, *sizes[1:]])
-    w = prepare(case)
-    if part == 0:
-        layer_call(_case(sizes))()
-    for name, tiles in _jobs()[part::parts]:
+    """Compile every parts-th thing that will be timed; it only fills Triton's cache."""
+    torch.set_num_threads(1)
+    jobs: list[Callable[[], Any]] = []
+    base = base_case([2048, *sizes[1:]], 4.0)
+    for name, build in variants(base, 4.0).items():
+        if name.startswith("ours"):
+            jobs.append(lambda build=build: build()())  # type: ignore[misc]
+    whole = ProductTiles(**{name: found[0] for name, found in CANDIDATES.items()})
+    spec = dataclasses.replace(base.spec, products=whole)
+    jobs.append(layer_call(base._replace(spec=spec)))
+    work = dummy(sizes)
+    for name, found in CANDIDATES.items():
+        for tiles in found:
+            jobs.append(own_product(work, name, tiles))
+    for job in jobs[part::parts]:
         try:
-            own_product(w, name, tiles)()
+            job()
         except Exception as e:
-            print(f"{name} {tiles}: {type(e).__name__}: {str(e)[:200]}", flush=True)
-    variants(1024, sizes[1], sizes[2], sizes[3], 4.0, part=(part, parts))
+            print(f"warming up: {type(e).__name__}: {str(e)[:200]}", flush=True)
     torch.cuda.synchronize()
 
 
-def compile_all(sizes: Sequence[int], processes: int) -> None:
-    """Fill Triton's cache from parallel processes."""
+def compile_all(sizes: Sequence[int], processes: int, clock: Clock) -> Callable[[], None]:
+    """Start parallel processes that fill Triton's cache; returns what waits for them."""
     words = [sys.executable, "-m", "kernels.experts.sweep", "--sizes", ",".join(map(str, sizes))]
     running = [
         subprocess.Popen([*words, "--warm", str(i), str(processes)]) for i in range(processes)
     ]
-    for process in running:
-        process.wait(timeout=150)
+
+    def wait() -> None:
+        end = time.monotonic() + 60
+        for process in running:
+            try:
+                process.wait(timeout=max(end - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        clock.say(f"compiled by {processes} processes")
+
+    return wait
 
 
-def sweep_products(w: Work) -> tuple[dict[str, Any], dict[str, Tiles]]:
+def sweep_products(w: Work, clock: Clock) -> tuple[dict[str, Any], dict[str, Tiles]]:
     """Time every candidate alone; returns all figures and the best tiles of each product."""
     used = int(w.ends[-1])
     figures: dict[str, Any] = {}
@@ -252,21 +277,23 @@ def sweep_products(w: Work) -> tuple[dict[str, Any], dict[str, Tiles]]:
             if error < 6e-3 and ms < least:
                 least, best[name] = ms, tiles
         figures[name] = rows
-        print(f"{name}: " + "; ".join(line), flush=True)
+        clock.say(f"{name}: " + "; ".join(line))
     return figures, best
 
 
-def sweep_layers(case: Case, best: dict[str, Tiles]) -> tuple[list[tuple[float, list[str]]], Any]:
-    """Time the whole layer for every set of own products; the fastest first."""
-    names = [name for name in CANDIDATES if name in best]
+def sweep_layers(
+    base: Case, best: dict[str, Tiles]
+) -> tuple[list[tuple[float, list[str]]], ProductTiles]:
+    """Time the layer with torch's products, with all of our own, and without one of each."""
+    sets = [[], list(best), *[[n for n in best if n != left] for left in best], ["up", "dh"]]
+    sets += [["up", "down", "dh", "dx"], ["dw_in", "dw_out"]]
     found = []
-    for own in itertools.product([False, True], repeat=len(names)):
-        chosen = [name for name, taken in zip(names, own, strict=True) if taken]
-        products = ProductTiles(**{name: best[name] for name in chosen})
-        spec = dataclasses.replace(case.spec, products=products)
-        found.append((_ms(layer_call(case._replace(spec=spec)), 4), chosen))
+    for chosen in sets:
+        products = ProductTiles(**{name: best[name] for name in chosen if name in best})
+        spec = dataclasses.replace(base.spec, products=products)
+        found.append((_ms(layer_call(base._replace(spec=spec)), 5), chosen))
     found.sort(key=lambda row: row[0])
-    return found, ProductTiles(**{name: best[name] for name in found[0][1]})
+    return found, ProductTiles(**{name: best[name] for name in found[0][1] if name in best})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -274,7 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m kernels.experts.sweep", description=__doc__)
     p.add_argument("--sizes", default="16384,64,2048,1024", help="tokens,experts,width,hidden")
     p.add_argument("--json", type=Path, help="write everything to this file")
-    p.add_argument("--processes", type=int, default=12, help="compiling at the same time")
+    p.add_argument("--limit", type=float, default=600.0, help="seconds after which no part starts")
+    p.add_argument("--processes", type=int, default=14, help="compiling at the same time")
     p.add_argument("--warm", type=int, nargs=2, help=argparse.SUPPRESS)
     a = p.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -284,20 +312,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if a.warm is not None:
         warm(a.warm[0], a.warm[1], sizes)
         return 0
-    begun = time.perf_counter()
-    compile_all(sizes, a.processes)
-    print(f"compiled in {time.perf_counter() - begun:.0f} s", flush=True)
-    case = _case(sizes)
-    figures, best = sweep_products(prepare(case))
-    layers, winner = sweep_layers(case, best)
-    for ms, own in [*layers[:4], *[row for row in layers[4:] if not row[1]]]:
-        print(f"layer {ms:.3f} ms with own {', '.join(own) or 'none'}")
-    print(f"winner: {winner}", flush=True)
-    spec = dataclasses.replace(case.spec, products=winner)
-    print_kernels("winner", layer_call(case._replace(spec=spec)), each=True)
-    print_kernels("torch's products", layer_call(case), each=True)
-    calls = variants(sizes[0], sizes[1], sizes[2], sizes[3], 4.0, products=winner)
-    times = time_in_turns({**calls, "torch's products": layer_call(case)}, 10)
+    clock = Clock(a.limit)
+    wait = compile_all(sizes, a.processes, clock)
+    base = base_case(sizes, 4.0)
+    dense = built({n: b for n, b in variants(base, 4.0).items() if n.startswith("dense")}, clock)
+    wait()
+    plain = built({"ours, torch's products": lambda: layer_call(base)}, clock)
+    print_kernels("torch's products", layer_call(base), each=True)
+    figures, best = sweep_products(prepare(base), clock)
+    layers, winner = sweep_layers(base, best)
+    for ms, own in layers:
+        clock.say(f"layer {ms:.3f} ms with own {', '.join(own) or 'none'}")
+    clock.say(f"winner: {winner}")
+    spec = dataclasses.replace(base.spec, products=winner)
+    best_case = base._replace(spec=spec)
+    print_kernels("winner", layer_call(best_case), each=True)
+    builders = {n: b for n, b in variants(best_case, 4.0).items() if not n.startswith("dense")}
+    times = time_in_turns({**dense, **plain, **built(builders, clock)}, 10)
     print_times(f"{sizes}, with the winner", times)
     if a.json is not None:
         results = {"products": figures, "layers": layers, "winner": repr(winner), "times": times}
