@@ -332,8 +332,9 @@ def time_case(
     table = {}
     card = torch.cuda.get_device_name()
     rate = next((x for name, x in PEAK_TBYTES.items() if name in card), PEAK_TBYTES["H100"])
-    for direction, group in zip(("forward", "backward"), stages(case), strict=True):
-        for name, (launch, flops, n_bytes) in group.items() if by_stage else ():
+    parts = stages(case) if by_stage else ({}, {})
+    for direction, group in zip(("forward", "backward"), parts, strict=True):
+        for name, (launch, flops, n_bytes) in group.items():
             ms = milliseconds(launch, rounds)
             floor = max(flops / PEAK_TFLOPS, n_bytes / rate) / 1e9
             table[f"{direction} {name}"] = {

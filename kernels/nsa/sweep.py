@@ -177,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--whole", nargs="*", type=shape_of, default=[], metavar="TOKENS,HEADS,GROUPS",
         help="time all of NSA beside dense attention at these shapes, in the end",
     )  # fmt: skip
+    parser.add_argument("--stages", action="store_true", help="and every stage of them")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from kernels.nsa.bench import print_times, time_case
     from kernels.nsa.triton_check import random_case
 
-    base = triton_config.kernel_configs()
+    default = base = triton_config.kernel_configs()
     shape = (options.heads, options.groups, options.dim)
     begin = time.perf_counter()
     kinds = {
@@ -203,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for value in VARIANTS[field]:
             plans[field, str(value)] = replace(base, **{field: value})
     wrong = check_all(plans, shape, options.workers)
+    base = default if wrong["base", "base"] else base
     for key, lines in wrong.items():
         if lines:
             print(f"WRONG {key}: {'; '.join(lines)}")
@@ -217,11 +219,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {statistics.median(found):8.3f} ms  {min(found):8.3f}  {value}", flush=True)
     base = fastest(base, right, results["times"])
     print(base)
-    triton_config._HOPPER = base
     for tokens, heads, groups in options.whole:
-        whole = time_case(random_case([tokens], heads, groups, options.dim), rounds=3)
-        print_times(whole)
-        results.setdefault("whole", []).append(whole)
+        case = random_case([tokens], heads, groups, options.dim)
+        for name, configs in (("the table", default), ("the best", base)):
+            triton_config._HOPPER = configs
+            print(f"\n{name}:", end="")
+            whole = time_case(case, rounds=3, dense=("cudnn",), by_stage=options.stages)
+            print_times(whole)
+            results.setdefault("whole", []).append({"tiles": name, **whole})
     results["wrong"] = {" ".join(k): v for k, v in wrong.items() if v}
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1))
