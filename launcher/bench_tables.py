@@ -371,6 +371,10 @@ def _trace(subject: Subject, path: Path) -> None:
     with torch.profiler.profile() as profile:
         subject.turn(1)
     profile.export_chrome_trace(str(path))
+    summary = profile.key_averages().table(
+        sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60
+    )
+    path.with_suffix("").with_suffix(".txt").write_text(summary)
 
 
 def report(results: dict[str, Any]) -> str:

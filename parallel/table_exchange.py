@@ -162,6 +162,12 @@ class Exchange:
         dist.all_gather_object(values, value)
         return values
 
+    def require(self, ids_T: Tensor) -> None:
+        """Raise TableError when this rank's batch holds an id outside the table."""
+        refusal = self._refusal(ids_T.detach().reshape(-1).to("cpu", torch.int64))
+        if refusal is not None:
+            raise TableError(refusal)
+
     def _refusal(self, ids_T: Tensor) -> str | None:
         if ids_T.numel() == 0:
             return f"table {self.name!r}: the batch of rank {self.mesh.rank} has no ids"

@@ -38,7 +38,6 @@ from parallel.checkpoint import list_checkpoints, verify
 from tests.launcher.tiny import REPOSITORY, rows, tiny_config, tiny_corpus
 
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "sample_cursor", "bits_per_byte", "skipped")
-STEPS = 240
 LIFE = 300.0
 """Seconds after which a life that neither ended nor was to be killed has hung."""
 
@@ -58,15 +57,15 @@ class Count:
 class Soak:
     """Runs, kills and comparisons in one folder."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, steps: int, seed: int) -> None:
         """Go on with what the folder holds, or begin."""
-        self.folder, self.path = folder, folder / "soak.json"
-        self.count, self.seed = Count(), seed
+        self.folder, self.path, self.steps = folder, folder / "soak.json", steps
+        self.count = Count()
         if self.path.exists():
             self.count = Count(**json.loads(self.path.read_text()))
         elif not (folder / "corpus").exists():
             tiny_corpus(folder)
-        self.generator = random.Random(f"{seed} {self.count.kills} {time.time_ns()}")
+        self.generator = random.Random(f"{seed} {self.count.kills}")
 
     def run(self, kills: int, seconds: float) -> None:
         """Go on until so many kills in all, or so many seconds of this call."""
@@ -99,7 +98,7 @@ class Soak:
         path = tiny_config(self.folder, self.folder / "corpus")
         tree = yaml.safe_load(path.read_text())
         tree["train"] |= {
-            "steps": STEPS,
+            "steps": self.steps,
             "micro_batch": 4,
             "evaluate_every": 0,
             "sample_every": 0,
@@ -211,14 +210,14 @@ class Soak:
         """Compare a finished run with the one that nothing interrupted; then remove it."""
         whole = self.reference(world)
         expected, found = rows(whole), rows(run)
-        if [r["step"] for r in found] != list(range(1, STEPS + 1)):
-            raise SystemExit(f"{run}: {len(found)} lines for {STEPS} steps")
+        if [r["step"] for r in found] != list(range(1, self.steps + 1)):
+            raise SystemExit(f"{run}: {len(found)} lines for {self.steps} steps")
         for a, b in zip(expected, found, strict=True):
             if any(a[k] != b[k] for k in EXACT):
                 raise SystemExit(f"{run}: step {a['step']} is {b}, not {a}")
         if (run / "validation.jsonl").read_text() != (whole / "validation.jsonl").read_text():
             raise SystemExit(f"{run}: another validation loss")
-        ours, theirs = final(run), final(whole)
+        ours, theirs = (final(place, self.steps) for place in (run, whole))
         if ours.keys() != theirs.keys() or not all(ours[k].equal(t) for k, t in theirs.items()):
             raise SystemExit(f"{run}: the last checkpoint holds other numbers")
         shutil.rmtree(run)
@@ -226,9 +225,9 @@ class Soak:
         self.keep()
 
 
-def final(run: Path) -> dict[str, Any]:
+def final(run: Path, step: int) -> dict[str, Any]:
     """Return every tensor of a run's last checkpoint."""
-    folder = run / "checkpoints" / f"step-{STEPS:08d}"
+    folder = run / "checkpoints" / f"step-{step:08d}"
     return {
         f"{file.name} {key}": tensor
         for file in sorted(folder.glob("*.safetensors"))
@@ -242,10 +241,11 @@ def main() -> None:
     p.add_argument("--folder", type=Path, default=Path(".cache/soak"), help="runs and state")
     p.add_argument("--kills", type=int, default=200, help="in all, those of earlier calls included")
     p.add_argument("--minutes", type=float, default=1e6, help="of this call")
+    p.add_argument("--steps", type=int, default=240, help="of each run; the same in every call")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
     a.folder.mkdir(parents=True, exist_ok=True)
-    soak = Soak(a.folder.resolve(), a.seed)
+    soak = Soak(a.folder.resolve(), a.steps, a.seed)
     soak.run(a.kills, 60 * a.minutes)
     c = soak.count
     print(

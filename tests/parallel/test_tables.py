@@ -174,6 +174,7 @@ def test_rows_left_to_an_update_that_does_not_come_are_read():
         first, second = torch.tensor([9, 1, 2]), torch.tensor([2, 9, 60, 4])
         rows = table.fetch(first)
         table.prefetch(second)
+        table.flush()
         assert table._ahead.deferred_N.shape[0] == 2
         if end == "skip":
             rows.whole().sum().backward()
@@ -208,8 +209,8 @@ def test_evaluation_leaves_what_was_read_ahead():
 def test_parts_may_arrive_while_earlier_ones_are_in_use():
     table = RowTable("t", 9, 6, SINGLE, TableConfig(), groups=3)
     ids = torch.tensor([1, 4, 4])
-    staged = table._stage(ids)
-    staged.rows_LNw = torch.zeros(3, 2, 2)
+    staged = table._stage(ids, defer=False)
+    table.flush()
     arrived = []
     parts = Parts(
         staged,
