@@ -20,6 +20,8 @@ import torch
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_api import nsa_attention_triton
 from kernels.nsa.triton_check import compare, random_case
+from kernels.nsa.triton_layout import packed_layout
+from kernels.nsa.triton_ops import SPEC_FIELDS, NsaFunction, nsa_forward
 
 SMALL = NsaSpec(block=8, stride=4, select=16, selected=4, initial=1, local=2, window=24)
 
@@ -60,6 +62,24 @@ def strided() -> list[str]:
     ]
 
 
+def operator() -> list[str]:
+    """Compare eager calls with the custom operator that torch.compile sees, bit for bit."""
+    case = random_case([3, 36], 2, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
+    layout = packed_layout(case.docs, SMALL)
+    arguments = (
+        *case.tensors[:7], *case.tensors[8:], case.tensors[7],
+        [layout.tokens, layout.window, layout.slots, layout.blocks],
+        [layout.n_blocks, layout.n_slots, layout.longest_blocks, layout.extra_blocks],
+        [getattr(SMALL, name) for name in SPEC_FIELDS], 0.25,
+    )  # fmt: skip
+    results = []
+    for call in (NsaFunction.apply, nsa_forward):
+        out = call(*arguments)[0]
+        results.append([out, *torch.autograd.grad(out, case.tensors, torch.ones_like(out))])
+    names = ("out", *case.names)
+    return [n for n, a, b in zip(names, *results, strict=True) if not torch.equal(a, b)]
+
+
 def heads_per_group(n: int) -> list[str]:
     """Check n query heads in each of two groups, or in one where there are many."""
     groups = 2 if n < 4 else 1
@@ -92,6 +112,7 @@ CASES: dict[str, Callable[[], list[str]]] = {
     ),
     "two runs are bitwise equal": repeats,
     "strided inputs": strided,
+    "eager calls equal the custom operator": operator,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from kernels.nsa import sweep
 from kernels.nsa.bench import main, visible_pairs
 from kernels.nsa.naive import nsa_naive, select_naive
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_api import supports
 from kernels.nsa.triton_check import dense_reference, random_case
+from kernels.nsa.triton_config import kernel_configs
 from kernels.nsa.triton_layout import packed_layout
 from tests.kernels.nsa_triton_worker import CASES, SMALL
 
@@ -97,6 +100,17 @@ def test_benchmark_counts_the_pairs_that_the_oracle_sees() -> None:
         for i, mask in enumerate((p[:, 0] > 0, in_selected & causal, near & causal)):
             seen[i] += int(mask.sum())
     assert visible_pairs(case.docs, SMALL) == tuple(seen)
+
+
+def test_sweep_varies_fields_of_the_table_and_takes_the_fastest() -> None:
+    base = kernel_configs()
+    assert set(sweep.VARIANTS) <= set(sweep.STAGE_OF)
+    assert set(sweep.STAGE_OF) | set(sweep.GLUON) <= {field.name for field in fields(base)}
+    plans = {("combine_rows", "8"): replace(base, combine_rows=8)}
+    times = {"combine_rows": {"base": [2.0, 2.1, 9.0], "8": [1.0, 1.0, 9.0]}}
+    assert sweep.fastest(base, plans, times) == plans["combine_rows", "8"]
+    times["combine_rows"]["8"] = [3.0, 3.0, 1.0]
+    assert sweep.fastest(base, plans, times) == base
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark would run")
