@@ -85,7 +85,9 @@ def _stand_ins() -> Iterator[None]:
 with _stand_ins():
     from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
     from streaming.base.dataset import _ShardState as ShardState
+    from streaming.base.format.mds.encodings import _encodings
     from streaming.base.storage.download import CloudDownloader
+    from streaming.base.util import retry
 
 # Ranks that share samples make it warn, at every start, of its own count of samples. The position
 # that a run goes on from is the loader's (data/loader.py), which counts each sample once.
@@ -93,4 +95,15 @@ logging.getLogger("streaming.base.dataset").addFilter(
     lambda record: not record.getMessage().startswith("The `replication` arg")
 )
 
-__all__ = ["CloudDownloader", "MDSWriter", "ShardState", "StreamingDataLoader", "StreamingDataset"]
+# A stranger's corpus could name it as the type of a column, and its samples would be code.
+_encodings.pop("pkl", None)
+
+
+__all__ = [
+    "CloudDownloader",
+    "MDSWriter",
+    "ShardState",
+    "StreamingDataLoader",
+    "StreamingDataset",
+    "retry",
+]

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.redact import redact
+
 VERBS = {
     "pretrain": ("launcher.pretrain", "train a model, or go on with a run that was interrupted"),
     "data": ("launcher.data_verbs", "build a corpus of shards, or look into one"),
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         if "TINY_ONN_TRACEBACK" in os.environ:
             raise
-        print(f"tiny-onn {verb}: {e}", file=sys.stderr)
+        print(redact(f"tiny-onn {verb}: {e}"), file=sys.stderr)
         return 1
 
 

@@ -83,6 +83,15 @@ def places_in(sorted_N: Tensor, rows_P: Tensor) -> Tensor:
     return torch.where(sorted_N[place_P] == rows_P, place_P, -1)
 
 
+def own_part(rows_LNw: Tensor, k: int) -> Tensor:
+    """Return the memory of part `k` as a tensor that autograd does not link with the others.
+
+    Views of one tensor share a version counter: writing a later part would then look to autograd as
+    if the earlier ones, which the model has used and saved, had been changed.
+    """
+    return rows_LNw.data[k]
+
+
 class DeviceBuffer:
     """Device memory that the rows of one micro-batch after another use."""
 
@@ -202,7 +211,9 @@ class Parts(Sequence[Tensor]):
             self._buffer.release(self._on_device)
 
     def _leaf(self, k: int) -> Tensor:
-        rows_Uw = self._deliver(k).detach()
+        # .data, not detach(): a version counter of its own, since copies of later layers write
+        # beside this one while autograd keeps it.
+        rows_Uw = self._deliver(k).data
         arrived = self.arrived
         if arrived is None:
             return rows_Uw
@@ -221,7 +232,7 @@ class Parts(Sequence[Tensor]):
         self._staged.gate.wait(k, self._check)
         if self._stream is None:
             if plan.asked is None:
-                return self._rows_LNw[k]
+                return own_part(self._rows_LNw, k)
             while len(self._exchanged) <= k:
                 part = self._rows_LNw[len(self._exchanged)]
                 self._exchanged.append(self._exchange.deliver(plan, part))
@@ -236,11 +247,11 @@ class Parts(Sequence[Tensor]):
             self._staged.gate.wait(last, self._check)
         with torch.cuda.stream(self._stream):
             for i in range(len(self._events), last + 1):
-                target = self._on_device[i]
+                target = own_part(self._on_device, i)
                 if plan.asked is None:
                     target.copy_(self._rows_LNw[i], non_blocking=True)
                 else:
                     self._exchange.deliver(plan, self._rows_LNw[i], out=target)
                 self._events.append(self._stream.record_event())
         torch.cuda.current_stream(self._on_device.device).wait_event(self._events[k])
-        return self._on_device[k]
+        return own_part(self._on_device, k)

@@ -48,6 +48,8 @@ from parallel.tensor_file import TensorSource, TensorSpec
 log = logging.getLogger(__name__)
 
 STATE_CHUNK_BYTES = 256 * 2**20
+DRAW_IDS = 512
+"""Ids whose weights are drawn together; part of what a seed means."""
 
 
 class Rows(NamedTuple):
@@ -147,6 +149,8 @@ class RowTable:
         self._fetched: list[Tensor] = []
         self._open: list[Parts] = []
         self._snapshot: TableSnapshot | None = None
+        # Rows that may be other than zero, by the work given to the tier's thread so far.
+        self._touched = torch.zeros(local, dtype=torch.bool)
         self._reset_counts()
 
     def prefetch(self, ids_T: Tensor) -> None:
@@ -274,6 +278,7 @@ class RowTable:
             float(clip_coefficient),
         )
         rows_P, part_of = self._gradient.rows()
+        self._touched[rows_P.cpu()] = True
         ahead = self._ahead
         if ahead is not None and ahead.rows_LNw is not None:
             ahead.gate = Gate()
@@ -305,7 +310,8 @@ class RowTable:
             chunk_bytes: size of the pieces, about.
 
         Returns:
-            Tensors "CHUNK/ids" int64 [n] and "CHUNK/FIELD" fp32 [n, width].
+            Tensors "CHUNK/ids" int64 [n] and "CHUNK/FIELD" fp32 [n, width], and "CHUNK/untouched"
+            with the ids of rows that are zero.
 
         Raises:
             TableError: earlier work of the tier failed, or a snapshot is still being read.
@@ -316,7 +322,9 @@ class RowTable:
         if self._tier.device.type == "cpu":
             self._thread.check()
             # Its reads queue behind the updates under way, and those to come know of it.
-            self._snapshot = TableSnapshot(self._tier, self._thread, rows, chunk_bytes)
+            self._snapshot = TableSnapshot(
+                self._tier, self._thread, self._touched.clone(), chunk_bytes
+            )
             return self._snapshot.source(mesh.rank, mesh.world)
         fields = self._tier.views() or {}
         if buffers is not None:
@@ -369,7 +377,11 @@ class RowTable:
         self._finish_step()
         owned = OwnedRows(self.name, self.rows, self.mesh, self.layout)
         for shard in shards:
+            if "untouched" in shard:
+                self._zero(owned.untouched(shard["untouched"].cpu()))
+                continue
             local_N, fields = owned.of(shard)
+            self._touched[local_N] = True
             index_N = local_N.to(self._tier.device)
             self._thread.submit(partial(self._tier.poke, index_N, fields)).result()
         owned.require_all()
@@ -378,6 +390,42 @@ class RowTable:
     def busy_seconds(self) -> dict[str, float]:
         """Seconds that the table's own thread has worked since the start, by kind of work."""
         return dict(self._thread.seconds)
+
+    def _zero(self, local_N: Tensor) -> None:
+        """Make rows zero again; those that no step has touched are."""
+        local_N = local_N[self._touched[local_N]]
+        self._touched[local_N] = False
+        count = max(1, STATE_CHUNK_BYTES // (self.layout.columns * 4))
+        for at in range(0, local_N.shape[0], count):
+            index_N = local_N[at : at + count].to(self._tier.device)
+            fields = {
+                name: torch.zeros(index_N.shape[0], width)
+                for name, width in self.layout.widths.items()
+            }
+            self._thread.submit(partial(self._tier.poke, index_N, fields)).result()
+
+    def draw_part(self, k: int, std: float, seed: int) -> None:
+        """Draw part `k` of every row's weights from a normal distribution, alike at any world size.
+
+        Args:
+            k: 0 <= k < L.
+            std: standard deviation.
+            seed: every block of ids has a generator of its own.
+        """
+        mesh, w = self.mesh, self.width // self.parts
+        generator = torch.Generator()
+        for block, first in enumerate(range(0, self.rows, DRAW_IDS)):
+            last = min(first + DRAW_IDS, self.rows)
+            generator.manual_seed(1_000_003 * seed + block)
+            drawn = torch.randn(last - first, w, generator=generator).mul_(std)
+            ids = torch.arange(first, last)
+            mine = (ids % mesh.world == mesh.rank).nonzero()[:, 0]
+            local_N = ids[mine] // mesh.world
+            self._touched[local_N] = True
+            index_N = local_N.to(self._tier.device)
+            fields = self._thread.submit(partial(self._tier.peek, index_N)).result()
+            fields["weight"][:, k * w : (k + 1) * w] = drawn[mine].to(self._tier.device)
+            self._thread.submit(partial(self._tier.poke, index_N, fields)).result()
 
     def flush(self) -> None:
         """Wait for all reads and updates under way; raises what failed among them."""

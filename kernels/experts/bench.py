@@ -8,6 +8,7 @@ hidden width = mean experts * expert width.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json as json_module
 import statistics
 import sys
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from kernels.experts.activation import activate
 from kernels.experts.layer import dynmoe_layer
+from kernels.experts.spec import ProductTiles
 from kernels.experts.surprise import SurpriseSpec
 from kernels.experts.triton_check import Case, compare, decide, random_case, run_triton
 
@@ -117,62 +119,92 @@ def liger_call(case: Case, k: int) -> Call:
     return call
 
 
-def variants(
-    tokens: int, experts: int, width: int, hidden: int, mean: float, peer: bool
-) -> dict[str, Call]:
-    """What is timed, by name; a variant that cannot be built is left out with a line saying why."""
-    sizes = (tokens, experts, width, hidden)
-    k = round(mean)
-    common: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+class Clock:
+    """Seconds since the start, in front of every line, and a limit that later parts respect."""
 
-    def layer(implementation: str = "triton", **kw: Any) -> Call:
-        arguments: dict[str, Any] = {
-            "most": 2 * k,
-            "mean": mean,
-            "surprise": SurpriseSpec(),
-            "stride": 50,
-            **kw,
-        }
-        return layer_call(random_case(*sizes, **(common | arguments)), implementation)
+    def __init__(self, limit: float) -> None:
+        """Start now."""
+        self.begun, self.limit = time.perf_counter(), limit
+
+    def say(self, text: str) -> None:
+        """Print at once, with the time."""
+        print(f"[{time.perf_counter() - self.begun:5.1f} s] {text}", flush=True)
+
+    def over(self, what: str) -> bool:
+        """Whether the limit is reached; says what is left out."""
+        late = time.perf_counter() - self.begun > self.limit
+        if late:
+            self.say(f"{what}: left out, the limit of {self.limit:g} s is reached")
+        return late
+
+
+def base_case(sizes: Sequence[int], mean: float, products: ProductTiles | None = None) -> Case:
+    """The layer that is timed: bf16, about `mean` experts per token, Surprise and exploration."""
+    tokens, experts, width, hidden = sizes
+    return random_case(
+        tokens, experts, width, hidden, dtype=torch.bfloat16, device="cuda", mean=mean,
+        most=2 * round(mean), surprise=SurpriseSpec(), stride=50, products=products,
+    )  # fmt: skip
+
+
+def changed(case: Case, *, surprise: bool = True, **route: Any) -> Case:
+    """The same tensors under another way to choose experts."""
+    spec = dataclasses.replace(
+        case.spec,
+        route=dataclasses.replace(case.spec.route, **route),
+        surprise=case.spec.surprise if surprise else None,
+    )
+    return case._replace(spec=spec)
+
+
+def _all_to(case: Case, experts: slice) -> Case:
+    bias_E = torch.full_like(case.bias_E, 100.0)
+    bias_E[experts] = -100.0
+    return case._replace(bias_E=bias_E)
+
+
+def variants(base: Case, mean: float) -> dict[str, Callable[[], Call]]:
+    """What is timed, by name; the functions build the calls."""
+    (tokens, width), hidden, k = base.grad_TC.shape, base.leaves[5].shape[2], round(mean)
+    quiet = changed(base, surprise=False, stride=0)
+    top_k, top_1 = changed(base, most=k, fewest=k), changed(base, most=1, fewest=1, stride=0)
 
     def routed() -> Call:
-        case = random_case(*sizes, **common, most=2 * k, mean=mean, surprise=SurpriseSpec())
-        decided = decide(case)
-        return lambda: _gradients(case, run_triton(case, decided))
+        decided = decide(base)
+        return lambda: _gradients(base, run_triton(base, decided))
 
-    def skewed() -> Call:
-        case = random_case(*sizes, **common, most=k, fewest=k, surprise=SurpriseSpec())
-        bias = torch.full_like(case.bias_E, 100.0)
-        bias[:k] = -100.0
-        return layer_call(case._replace(bias_E=bias))
-
-    top_1: dict[str, Any] = {"most": 1, "fewest": 1, "stride": 0}
-    builders: dict[str, Callable[[], Call]] = {
-        "dense compiled": lambda: dense_call(tokens, width, k * hidden, True),
-        "ours": layer,
-        "ours, no surprise": lambda: layer(surprise=None, stride=0),
-        "ours, routed before": routed,
+    return {
         "dense eager": lambda: dense_call(tokens, width, k * hidden, False),
-        "torch": lambda: layer("torch"),
-        "torch, no surprise": lambda: layer("torch", surprise=None, stride=0),
-        f"ours, balanced top-{k}": lambda: layer(most=k, fewest=k),
-        f"ours, all to the same {k}": skewed,
-        "ours, balanced top-1": lambda: layer(**top_1),
-        "ours, all to one": lambda: layer(**top_1, favour=experts // 2),
-        PEER: lambda: liger_call(random_case(*sizes, **common, most=k, fewest=k, mean=mean), k),
+        "ours": lambda: layer_call(base),
+        "ours, no surprise": lambda: layer_call(quiet),
+        "torch": lambda: layer_call(base, "torch"),
+        "ours, routed before": routed,
+        "ours, balanced top-1": lambda: layer_call(top_1),
+        "ours, all to one": lambda: layer_call(_all_to(top_1, slice(1))),
+        f"ours, balanced top-{k}": lambda: layer_call(top_k),
+        f"ours, all to the same {k}": lambda: layer_call(_all_to(top_k, slice(k))),
+        "torch, no surprise": lambda: layer_call(quiet, "torch"),
+        "dense compiled": lambda: dense_call(tokens, width, k * hidden, True),
     }
-    built = {}
+
+
+def built(builders: dict[str, Callable[[], Call]], clock: Clock) -> dict[str, Call]:
+    """Build and run every variant once; one that cannot be is left out with a line saying why."""
+    calls = {}
     for name, build in builders.items():
-        if name == PEER and not peer:
+        if clock.over(name):
             continue
         try:
-            built[name] = build()
-            built[name]()
+            call = build()
+            call()
             torch.cuda.synchronize()
         except Exception as e:
-            built.pop(name, None)
-            print(f"  {name}: left out: {type(e).__name__}: {str(e)[:300]}", flush=True)
-    return built
+            clock.say(f"{name}: left out: {type(e).__name__}: {str(e)[:300]}")
+            continue
+        calls[name] = call
+        once = time_in_turns({name: call}, 2)[name]["ms"]
+        clock.say(f"{name}: {once:.3f} ms at first sight")
+    return calls
 
 
 def time_in_turns(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
@@ -223,7 +255,7 @@ def kernel_table(call: Call) -> list[tuple[str, int, float]]:
     return sorted(rows, key=lambda row: -row[2])
 
 
-def _print_times(title: str, times: dict[str, dict[str, float]]) -> None:
+def print_times(title: str, times: dict[str, dict[str, float]]) -> None:
     dense = min(
         (row["ms"] for name, row in times.items() if name.startswith("dense")), default=float("nan")
     )
@@ -238,12 +270,23 @@ def _print_times(title: str, times: dict[str, dict[str, float]]) -> None:
         )
 
 
+def print_kernels(name: str, call: Call, each: bool) -> list[tuple[str, int, float]]:
+    """Print how many kernels a call launches, and `each` of the longest; returns all of them."""
+    table = kernel_table(call)
+    total = sum(row[2] for row in table)
+    print(f"{name}: {sum(row[1] for row in table)} launches, {total:.0f} us of kernels")
+    for kernel, count, us in table[: 18 if each else 0]:
+        print(f"  {us:9.1f} us {count:3d}x {kernel[:70]}", flush=True)
+    return table
+
+
 def bench_experts(
     shapes: Sequence[Sequence[int]],
     mean: float,
     *,
     check: bool = False,
     peer: bool = False,
+    limit: float = 600.0,
     json: Path | None = None,
     rounds: int = 10,
 ) -> int:
@@ -257,6 +300,7 @@ def bench_experts(
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "checks": {}, "times": []}
     print(f"{results['device']}, torch {torch.__version__}")
     failed = False
+    clock = Clock(limit)
     for dtype in (torch.bfloat16, torch.float32) if check else ():
         for name in CHECKS:
             try:
@@ -270,19 +314,19 @@ def bench_experts(
             print(f"check {key}: {verdict}, worst {worst:.2f}x plain", *bad, sep="\n  ", flush=True)
     for tokens, experts, width, hidden in shapes:
         torch.cuda.empty_cache()
-        calls = variants(tokens, experts, width, hidden, mean, peer)
+        base = base_case((tokens, experts, width, hidden), mean)
+        builders = variants(base, mean)
+        if peer:
+            top_k = changed(base, most=round(mean), fewest=round(mean))
+            builders[PEER] = lambda top_k=top_k: liger_call(top_k, round(mean))  # type: ignore[misc]
+        calls = built(builders, clock)
         times = time_in_turns(calls, rounds)
         title = f"T={tokens} E={experts} C={width} F={hidden} mean={mean:g} bf16, fwd + bwd"
-        _print_times(title, times)
+        print_times(title, times)
         entry: dict[str, Any] = {"title": title, "variants": times, "kernels": {}}
         for name in ("ours", "torch", "dense compiled"):
             if name in calls:
-                table = kernel_table(calls[name])
-                entry["kernels"][name] = table
-                total = sum(row[2] for row in table)
-                print(f"{name}: {sum(row[1] for row in table)} launches, {total:.0f} us of kernels")
-                for kernel, count, us in table[: 16 if name == "ours" else 0]:
-                    print(f"  {us:9.1f} us {count:3d}x {kernel[:70]}", flush=True)
+                entry["kernels"][name] = print_kernels(name, calls[name], name == "ours")
         results["times"].append(entry)
         if json is not None:
             json.write_text(json_module.dumps(results, indent=1))
@@ -306,10 +350,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--peer", action="store_true", help="also time liger-kernel's fused MoE (tunes for minutes)"
     )
     p.add_argument("--json", type=Path, help="write everything to this file")
+    p.add_argument("--limit", type=float, default=600.0, help="seconds after which no part starts")
     p.add_argument("--rounds", type=int, default=10, help="timed calls of each variant")
     a = p.parse_args(arguments)
     shapes = [[int(n) for n in shape.split(",")] for shape in a.shapes]
-    return bench_experts(shapes, a.mean, check=a.check, peer=a.peer, json=a.json, rounds=a.rounds)
+    return bench_experts(shapes, a.mean, check=a.check, peer=a.peer, limit=a.limit,
+        json=a.json, rounds=a.rounds,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

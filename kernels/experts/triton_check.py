@@ -74,10 +74,11 @@ def random_case(
     seed: int = 0,
 ) -> Case:
     """Draw a layer whose tokens fire about `mean` experts; `favour` sends all to that one."""
-    g = torch.Generator().manual_seed(seed)
+    # On the device itself: a host takes seconds for half a billion numbers.
+    g = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int, std: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(*shape, generator=g) * std).to(device, kind)
+        return (torch.randn(*shape, generator=g, device=device) * std).to(kind)
 
     leaves = [
         draw(tokens, width),

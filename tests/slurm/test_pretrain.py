@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def check_continuous(submission: Submission) -> None:
 def test_a_killed_rank_costs_no_step_and_changes_no_loss(trial: Submission) -> None:
     trial.submit()
     trial.wait(lambda: len(trial.steps()) >= 8, 180, "8 steps")
+    evaluation = trial.evaluate()
     (victim,) = ranks(trial, "n2")
     victim.kill()
     before = trial.steps()
@@ -73,6 +75,12 @@ def test_a_killed_rank_costs_no_step_and_changes_no_loss(trial: Submission) -> N
     logs = {p.name for p in trial.run.glob("logs/job*-rank*.log")}
     names = {f"job{trial.job}-try{t}-rank{r}.log" for t in (0, 1) for r in (0, 1)}
     assert names <= logs
+    # The evaluation ran beside it, saw the last checkpoint and ended by itself.
+    trial.job = evaluation
+    assert trial.wait_finished(180) == "COMPLETED", trial.output()
+    results = (trial.run / "evaluation" / "evaluation.jsonl").read_text().splitlines()
+    assert json.loads(results[-1])["step"] == 24
+    assert "DONE ends the run" in trial.output()
     assert trial.cluster.run("squeue", "-h") == ""
 
 
