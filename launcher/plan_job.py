@@ -120,8 +120,9 @@ class Job:
     @property
     def parameters(self) -> int:
         """n: what ZeRO-3 partitions."""
+        in_rows = self.counts.total["embedding"] * (self.cfg.model.embedding_partition == "rows")
         table = self.counts.table if self.zero3_table else 0
-        return sum(self.counts.total.values()) + table
+        return sum(self.counts.total.values()) - in_rows + table
 
     @property
     def block_parameters(self) -> int:
@@ -183,10 +184,16 @@ class Job:
     @cached_property
     def table_columns(self) -> int:
         """Fp32 numbers that a row of the table and its optimizer state take; 0 without a table."""
-        if self.counts.table == 0 or self.zero3_table:
+        model = self.cfg.model
+        if not model.row_parts:
             return 0
-        de = self.cfg.model.deepembed
-        return RowLayout.of(de.optimizer, self.counts.table_active, self.shape.layers).columns
+        return RowLayout.of(model.deepembed.optimizer, model.row_width, model.row_parts).columns
+
+    @property
+    def row_width(self) -> int:
+        """Numbers of an id's row that a pass looks up, wherever the table is."""
+        table = self.counts.table_active if self.zero3_table else 0
+        return self.cfg.model.row_width + table
 
     @cached_property
     def unique_ids(self) -> int:

@@ -137,7 +137,7 @@ def activations(job: Job) -> dict[str, float]:
     block = {"attention, saved": attention_saved(job), "feed-forward, saved": ffn_saved(job)}
     blocks = {"none": s.layers, "recompute": 1, "offload": 1}[kind]
     kept = {"none": s.layers, "recompute": s.layers, "offload": 2}[kind] * inputs
-    row = 2 * COMPUTE * job.unique_ids * job.counts.table_active
+    row = 2 * COMPUTE * job.unique_ids * job.row_width
     buffers = {"pair buffers": pair_buffers(job), "attention buffers": attention_buffers(job)}
     backward = max(buffers.values()) + (blocks * sum(block.values()))
     head = logits(job) + (blocks * sum(block.values()) if kind == "none" else 0.0)

@@ -73,7 +73,7 @@ def communication(job: Job) -> dict[str, Flow]:
         out["group exchange"] = within(job, job.group, ways * once * s.layers * passes)
     if job.table_columns:
         width = 4 if job.cfg.model.deepembed.transport == "fp32" else c
-        rows = 2.0 * width * job.unique_ids * job.counts.table_active * passes
+        rows = 2.0 * width * job.unique_ids * job.cfg.model.row_width * passes
         out["table rows"] = within(job, job.world, rows * (job.world - 1) / job.world)
     return out
 

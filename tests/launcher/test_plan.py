@@ -56,6 +56,7 @@ def job(tiny: RunConfig, nodes: int = 1, per_node: int = 2, **changes: Any) -> J
         {"model__attention__kind": "full", "model__ffn__kind": "dense"},
         {"model__deepembed__partition": "zero3", "model__tie_embeddings": False},
         {"model__deepembed__kind": "off", "model__ffn__shared_expert": True},
+        {"model__tie_embeddings": False, "model__embedding_partition": "rows"},
     ],
 )
 def test_parameters_are_those_of_the_real_module(tiny: RunConfig, changes: dict[str, Any]) -> None:
