@@ -96,7 +96,10 @@ class DataConfig:
             folder for temporary files.
         cache_gb: size limit of that folder, in gigabytes per split; shards that were not used for
             longest make place. 0: no limit.
-        verify_hashes: read and check every shard when the corpus is opened.
+        patience: seconds for which an object store may fail or be away; after that the run saves
+            and stops. Less than launch.step_timeout, or the wait is taken for a hang.
+        verify_hashes: read and check every shard when the corpus is opened, not each when it is
+            first read.
         build: how to build the corpus if it is not there.
     """
 
@@ -110,6 +113,7 @@ class DataConfig:
     stage: bool = False
     cache: str = ""
     cache_gb: float = 0.0
+    patience: float = 180.0
     verify_hashes: bool = False
     build: BuildConfig | None = None
 
@@ -117,8 +121,9 @@ class DataConfig:
         """Refuse values that cannot work, by name."""
         if self.seq_len < 1:
             raise ValueError(f"seq_len must be positive, got {self.seq_len}")
-        if self.cache_gb < 0:
-            raise ValueError(f"cache_gb must not be negative, got {self.cache_gb}")
+        for key in ("cache_gb", "patience"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         if self.shuffle_seed < 0 or self.canonical_nodes < 0:
             raise ValueError(
                 f"shuffle_seed and canonical_nodes must not be negative, got {self.shuffle_seed} "

@@ -108,6 +108,8 @@ class PackedLoader:
         )
         self._iterator: Iterator[dict[str, Any]] | None = None
         self._ahead: list[Batch] | None = None
+        self._last: list[Batch] = []
+        self._unread: DataError | None = None
         self._read_to = self._consumed = (0, 0)
         self._steps = 0
         self._left_out: list[tuple[int, int]] = []
@@ -130,7 +132,7 @@ class PackedLoader:
         """Never hand out the data steps [begin, end) of these windows; on all ranks alike."""
         self._left_out = sorted(windows)
         # What was read ahead may lie in one of them.
-        self._ahead = self._iterator = None
+        self._ahead = self._iterator = self._unread = None
         self._read_to = self._consumed
 
     def next_step(self) -> list[Batch]:
@@ -139,17 +141,25 @@ class PackedLoader:
         Raises:
             DataError: a shard could not be fetched or read.
         """
+        if self._unread is not None:
+            raise self._unread
         batches = self._read_step() if self._ahead is None else self._ahead
-        self._ahead = None
+        self._ahead, self._last = None, batches
         self._consumed = self._read_to
         self._steps += 1
         return batches
 
     def peek_step(self) -> list[Batch]:
-        """Return this rank's micro-batches of the step after the one handed out last; not taken."""
-        if self._ahead is None:
-            self._ahead = self._read_step()
-        return self._ahead
+        """Return this rank's micro-batches of the step after the one handed out last; not taken.
+
+        A step that cannot be read is no error yet, its like is returned: `next_step` raises.
+        """
+        if self._ahead is None and self._unread is None:
+            try:
+                self._ahead = self._read_step()
+            except DataError as e:
+                self._unread = e
+        return self._last if self._ahead is None else self._ahead
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the steps handed out so far end; plain JSON values, alike on all ranks."""
@@ -171,7 +181,7 @@ class PackedLoader:
                 )
         self._consumed = self._read_to = (int(state["epoch"]), int(state["sample_in_epoch"]))
         self._steps = int(state["steps"])
-        self._ahead = self._iterator = None
+        self._ahead = self._iterator = self._unread = None
 
     def evaluation_batches(
         self, sequences: int = 0, micro_batch: int | None = None
@@ -248,7 +258,8 @@ class PackedLoader:
                 error = self._samples.failure
                 raise self._unreadable(self.split, error) from error
             except Exception as e:
-                raise self._unreadable(self.split, e) from e
+                error = self._samples.failure or e
+                raise self._unreadable(self.split, error) from error
             batches.append(batch.part(self.part, self.parts))
         self._read_to = (epoch, sample + self.samples_per_step)
         return batches
@@ -269,6 +280,8 @@ class PackedLoader:
 
     def _unreadable(self, split: str, cause: BaseException | None) -> DataError:
         """Say which file of a split is at fault, as closely as can be told."""
+        if isinstance(cause, DataError):
+            return cause
         try:
             self.corpus.check([split])
         except DataError as found:

@@ -6,15 +6,16 @@ import hashlib
 import json
 import logging
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from data.host import environment_rank, gather, local_world, ranks_on_host, together
-from data.index import INDEX
+from data.index import INDEX, check_hash, rebuild_hint
 from data.leftovers import Claim, claim, start_lock, tidy_at_exit
+from data.patient import PatientDownloader
 from data.stored import StoredCorpus, fetch
 from data.streaming_shim import ShardState, StreamingDataset
 
@@ -30,10 +31,21 @@ class Samples(StreamingDataset):
 
     failure: BaseException | None = None
 
-    def __init__(self, **options: Any) -> None:
-        """See StreamingDataset."""
+    def __init__(self, *, patience: float, remedy: str, **options: Any) -> None:
+        """See StreamingDataset.
+
+        Args:
+            patience: seconds for which an object store may fail or be away.
+            remedy: what to do about a damaged shard.
+            options: of StreamingDataset.
+        """
         super().__init__(**options)
         self._here: set[int] = set()
+        self._remedy = remedy
+        self._checked: dict[int, tuple[int, int, int]] = {}
+        for stream in self.streams:
+            patient = PatientDownloader(stream._downloader, patience)
+            stream._downloader = patient  # type: ignore[assignment]
 
     def on_exception(self, future: Future[None]) -> None:
         """Note why a downloading thread failed and stop the others."""
@@ -53,15 +65,45 @@ class Samples(StreamingDataset):
             return
         try:
             super().prepare_shard(shard_id, blocking)
+            if self._shard_states[shard_id] == ShardState.LOCAL:
+                # Here, because a background thread comes by well before the first sample is read.
+                self._check(shard_id)
             if self._shard_states[shard_id] == ShardState.LOCAL and self.cache_limit is None:
                 self._here.add(shard_id)
-        except BaseException:
+        except BaseException as e:
+            self.failure = self.failure or e
             if self.streams[0].remote is not None:
                 # What was fetched and is not what it should be must not pass for good next time.
                 self.shards[shard_id].evict()
             self._shard_states[shard_id] = ShardState.REMOTE
             self._end_threads()
             raise
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """Return a sample of a shard that is what the index says, now."""
+        shard_id, _ = self.spanner[sample_id]
+        # Not here yet, or evicted: `prepare_shard` will look.
+        with suppress(FileNotFoundError):
+            self._check(shard_id)
+        return super().get_item(sample_id, retry)
+
+    def _check(self, shard_id: int) -> None:
+        """Compare a shard's hash, once, and again whenever the file has been touched.
+
+        Raises:
+            DataError: it is not what the index says.
+        """
+        shard = self.shards[shard_id]
+        ((info, _),) = shard.file_pairs
+        path = Path(shard.dirname, shard.split, info.basename)
+        stat = path.stat()
+        mark = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        known = self._checked.get(shard_id)
+        if known == mark:
+            return
+        since = "" if known is None else "; it was intact when this run first read it"
+        check_hash(path, info.hashes["sha256"], f"{self._remedy}{since}")
+        self._checked[shard_id] = mark
 
     @property
     def prefix(self) -> int:
@@ -165,7 +207,9 @@ class Site:
                         local=folder,
                         remote=corpus.shards_at(split) if corpus.fetched else None,
                         validate_hash="sha256" if corpus.fetched else None,
-                        download_retry=4 if corpus.fetched else 1,
+                        download_retry=1,
+                        patience=corpus.patience,
+                        remedy=rebuild_hint(corpus.index, corpus.path),
                         replication=self.replication if self.replication > 1 else None,
                         **options,
                     )
@@ -182,7 +226,7 @@ def _prepare_cache(corpus: StoredCorpus, split: str, folder: Path) -> None:
     path = folder / INDEX
     expected = corpus.index.splits[split].index_sha256
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-        fetch(f"{corpus.shards_at(split)}/{INDEX}", path, expected)
+        fetch(f"{corpus.shards_at(split)}/{INDEX}", path, expected, corpus.patience)
     for shard in json.loads(path.read_bytes())["shards"]:
         for info in filter(None, (shard["raw_data"], shard["zip_data"])):
             cached = folder / info["basename"]

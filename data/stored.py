@@ -39,6 +39,7 @@ class StoredCorpus:
         folder: local folder with index and tokenizer; the shards too unless `fetched`.
         fetched: whether shards are brought into `folder` as they are needed, because the corpus is
             remote, or compressed and must not be unpacked in place, or to be staged.
+        patience: seconds for which the object store may fail or be away.
     """
 
     path: str
@@ -46,6 +47,7 @@ class StoredCorpus:
     tokenizer: Tokenizer
     folder: Path
     fetched: bool
+    patience: float = 0.0
 
     @property
     def vocab_size(self) -> int:
@@ -84,20 +86,25 @@ class StoredCorpus:
                 check_files(self.index, Path(self.path), split)
 
 
-def open_path(path: str, cache: str = "", stage: bool = False) -> StoredCorpus:
+def open_path(
+    path: str, cache: str = "", stage: bool = False, patience: float = 0.0
+) -> StoredCorpus:
     """Open a corpus, whatever its sequence length, and check its index and its tokenizer.
 
     Args:
         path: folder or address.
         cache: see DataConfig.
         stage: see DataConfig.
+        patience: see DataConfig.
 
     Raises:
         DataError: no corpus there, one of another version, or a tokenizer that is not the one its
             shards were made with; the message says what to do.
     """
     root = node_folder(cache)
-    return _open_remote(path, root) if is_remote(path) else _open_local(path, root, stage)
+    if is_remote(path):
+        return _open_remote(path, root, patience)
+    return _open_local(path, root, stage)
 
 
 def open_corpus(config: DataConfig) -> StoredCorpus:
@@ -106,7 +113,7 @@ def open_corpus(config: DataConfig) -> StoredCorpus:
     Raises:
         DataError: as `open_path`, or a corpus of another sequence length.
     """
-    corpus = open_path(config.path, config.cache, config.stage)
+    corpus = open_path(config.path, config.cache, config.stage, config.patience)
     index = corpus.index
     if index.seq_len != config.seq_len:
         raise DataError(
@@ -118,24 +125,29 @@ def open_corpus(config: DataConfig) -> StoredCorpus:
     return corpus
 
 
-def fetch(address: str, destination: Path, expected: str | None = None) -> None:
+def fetch(
+    address: str, destination: Path, expected: str | None = None, patience: float = 0.0
+) -> None:
     """Download one file of an object store, complete or not at all.
 
     Args:
         address: `s3://bucket/key` (S3_ENDPOINT_URL names an endpoint other than Amazon's).
         destination: where to put it; its folder is made.
         expected: SHA-256 that it must have.
+        patience: seconds for which the store may fail or be away.
 
     Raises:
         DataError: it cannot be fetched, or is not what was expected.
     """
-    from data.streaming_shim import CloudDownloader
+    from data.patient import downloader
 
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".fetch-") as folder:
         part = Path(folder, destination.name)
         try:
-            CloudDownloader.direct_download(address, str(part))
+            source = downloader(address, patience)
+            source.download(address, str(part))
+            source.clean_up()
         except Exception as e:
             endpoint = os.environ.get("S3_ENDPOINT_URL")
             raise DataError(
@@ -159,20 +171,20 @@ def _open_local(path: str, cache: Path, stage: bool) -> StoredCorpus:
     return StoredCorpus(path, index, tokenizer, local, fetched)
 
 
-def _open_remote(path: str, cache: Path) -> StoredCorpus:
+def _open_remote(path: str, cache: Path, patience: float) -> StoredCorpus:
     root = path.rstrip("/")
     cache.mkdir(parents=True, exist_ok=True)
     # Always the current index: what is cached under another identity is of an older corpus.
     with tempfile.TemporaryDirectory(dir=cache, prefix=".index-") as folder:
-        fetch(f"{root}/{INDEX}", Path(folder, INDEX))
+        fetch(f"{root}/{INDEX}", Path(folder, INDEX), patience=patience)
         content = Path(folder, INDEX).read_bytes()
     index = Index.from_json(content, f"{root}/{INDEX}")
     local = cache / f"{index.name}-{index.identity[:16]}"
     model = local / TOKENIZER
     if not model.exists():
-        fetch(f"{root}/{TOKENIZER}", model)
+        fetch(f"{root}/{TOKENIZER}", model, patience=patience)
     tokenizer = _checked(Tokenizer.load(model), index, f"{root}/{TOKENIZER}", root)
-    return StoredCorpus(path, index, tokenizer, local, fetched=True)
+    return StoredCorpus(path, index, tokenizer, local, fetched=True, patience=patience)
 
 
 def _checked(tokenizer: Tokenizer, index: Index, where: str, root: str) -> Tokenizer:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,25 @@ def _stand_ins() -> Iterator[None]:
 with _stand_ins():
     from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
     from streaming.base.dataset import _ShardState as ShardState
+    from streaming.base.format.mds.encodings import _encodings
     from streaming.base.storage.download import CloudDownloader
+    from streaming.base.util import retry
 
-__all__ = ["CloudDownloader", "MDSWriter", "ShardState", "StreamingDataLoader", "StreamingDataset"]
+# Ranks that share samples make it warn, at every start, of its own count of samples. The position
+# that a run goes on from is the loader's (data/loader.py), which counts each sample once.
+logging.getLogger("streaming.base.dataset").addFilter(
+    lambda record: not record.getMessage().startswith("The `replication` arg")
+)
+
+# A stranger's corpus could name it as the type of a column, and its samples would be code.
+_encodings.pop("pkl", None)
+
+
+__all__ = [
+    "CloudDownloader",
+    "MDSWriter",
+    "ShardState",
+    "StreamingDataLoader",
+    "StreamingDataset",
+    "retry",
+]

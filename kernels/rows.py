@@ -49,6 +49,21 @@ def unique_ids(ids_T: Tensor) -> tuple[Tensor, Tensor]:
     return unique_U, inverse_T
 
 
+def unique_index(ids_T: Tensor) -> tuple[Tensor, RowIndex]:
+    """Return the sorted unique ids [U] and the index of the tokens that use them, from one sort.
+
+    The same as `unique_ids` and then `row_index`.
+    """
+    sorted_T, order_T = torch.sort(ids_T, stable=True)
+    first_T = torch.ones_like(sorted_T, dtype=torch.bool)
+    torch.ne(sorted_T[1:], sorted_T[:-1], out=first_T[1:])
+    starts_U = first_T.nonzero()[:, 0]
+    inverse_T = torch.empty_like(order_T)
+    inverse_T[order_T] = first_T.cumsum(0).sub_(1)
+    starts_U1 = torch.cat((starts_U, starts_U.new_tensor([ids_T.shape[0]])))
+    return sorted_T[starts_U], RowIndex(inverse_T, order_T, starts_U1)
+
+
 def row_index(inverse_T: Tensor, rows: int) -> RowIndex:
     """Sort tokens by row; no host synchronisation.
 

@@ -12,6 +12,8 @@ import functools
 import hashlib
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -186,7 +188,9 @@ def _is_bf16(tensor: Tensor) -> int:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_built()))
+    path = str(_built())
+    with _waiting_asleep():
+        library = ctypes.CDLL(path)
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     for function in ("gather", "add", "step", "checksum"):
         getattr(library, f"rows_{function}").restype = None
@@ -199,6 +203,22 @@ def _library() -> ctypes.CDLL:
     library.rows_step.argtypes = [pointer, number]
     library.rows_checksum.argtypes = [pointer, number, pointer, number, pointer, pointer, number]
     return library
+
+
+@contextmanager
+def _waiting_asleep() -> Iterator[None]:
+    """Have OpenMP's idle threads sleep: spinning, they would slow the threads that launch kernels.
+
+    The library's OpenMP reads this once, when it is loaded; torch has one of its own.
+    """
+    if "OMP_WAIT_POLICY" in os.environ:
+        yield
+        return
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_WAIT_POLICY"]
 
 
 def _built() -> Path:

@@ -8,12 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.redact import redact
+
 VERBS = {
     "pretrain": ("launcher.pretrain", "train a model, or go on with a run that was interrupted"),
     "data": ("launcher.data_verbs", "build a corpus of shards, or look into one"),
     "checkpoint": ("launcher.checkpoint_verbs", "list or verify a run's checkpoints"),
     "eval": ("launcher.eval_verb", "validation loss of a checkpoint"),
     "generate": ("launcher.generate_verb", "text from a checkpoint"),
+    "plan": ("launcher.plan_verb", "memory, traffic and time of a step, before it runs"),
     "bench": ("launcher.bench_verbs", "measure the parts on this machine"),
     "doctor": ("launcher.doctor", "check this machine and say what to do"),
     "preflight": ("launcher.preflight", "check one node of a Slurm job before its ranks start"),
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         if "TINY_ONN_TRACEBACK" in os.environ:
             raise
-        print(f"tiny-onn {verb}: {e}", file=sys.stderr)
+        print(redact(f"tiny-onn {verb}: {e}"), file=sys.stderr)
         return 1
 
 

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from kernels import Documents
+from parallel.checkpoint_files import write_tensors
 from parallel.engine import Engine, EngineConfig, OffloadConfig, OptimizerConfig
 from parallel.mesh import Mesh, init_mesh, threads_per_rank
 from parallel.schedule import ScheduleConfig
@@ -331,6 +333,8 @@ def _measure_variant(
         if variant == "rows-nvme":
             other.warm(a.warm)
         found = compare(plain, other, a)
+        if a.save is not None:
+            found["save"] = _save_beside(other, a)
         if a.trace is not None and mesh.is_first:
             _trace(plain, a.trace / "plain.json.gz")
             _trace(other, a.trace / f"{variant}.json.gz")
@@ -340,6 +344,26 @@ def _measure_variant(
         table.close()
 
 
+def _save_beside(subject: Subject, a: argparse.Namespace) -> dict[str, float]:
+    """Write and sync a checkpoint of the table while steps go on; returns bytes and seconds."""
+    table = subject.table
+    assert table is not None
+    source = table.snapshot(None)
+    path = a.save / f"table-rank{table.mesh.rank}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write_tensors, path, source)
+        turns = [subject.turn(a.steps)["seconds"]]
+        while not writing.done():
+            turns.append(subject.turn(a.steps)["seconds"])
+        entry = writing.result()
+    seconds = time.perf_counter() - start
+    source.close()
+    path.unlink()
+    return {"bytes": entry["size"], "seconds": seconds, "step_ms": 1e3 * statistics.median(turns)}
+
+
 def _trace(subject: Subject, path: Path) -> None:
     """Record two steps; the first steps of a turn are left out."""
     subject.turn(1)
@@ -347,6 +371,10 @@ def _trace(subject: Subject, path: Path) -> None:
     with torch.profiler.profile() as profile:
         subject.turn(1)
     profile.export_chrome_trace(str(path))
+    summary = profile.key_averages().table(
+        sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60
+    )
+    path.with_suffix("").with_suffix(".txt").write_text(summary)
 
 
 def report(results: dict[str, Any]) -> str:
@@ -378,6 +406,18 @@ def report(results: dict[str, Any]) -> str:
             f"{found['peak_gib']:7.2f} {found.get('extra_gib', 0.0):7.3f} "
             f"{found.get('extra_over_unique', 0.0):6.2f}  {threads}"
         )
+        if "table_gib" in found:
+            saved = found.get("save", {})
+            lines.append(
+                f"{'':<14} table of {found['table_gib']:.1f} GiB, opened in "
+                f"{found['open_seconds']:.1f} s, {found['kernel']} kernels"
+                + (
+                    f"; {saved['bytes'] / 1e9:.2f} GB saved in {saved['seconds']:.1f} s beside "
+                    f"steps of {saved['step_ms']:.1f} ms"
+                    if saved
+                    else ""
+                )
+            )
     return "\n".join(lines)
 
 
@@ -444,6 +484,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--trace", type=Path, help="folder for a trace of two steps of each rows variant"
     )
+    p.add_argument("--save", type=Path, help="folder to checkpoint each table to, beside steps")
     p.add_argument("--check", action="store_true", help="compare with a dense reference first")
     p.add_argument("--json", type=Path, help="file for all figures")
     return p

@@ -1,8 +1,9 @@
 """`tiny-onn bench train CONFIG`: tokens/s and memory of a configuration, whole and part by part.
 
 Every variant is a real run of a few steps, in a folder of its own that is removed afterwards: the
-same ranks, loader, tables and optimizer as in training. The medians leave the first steps out, in
-which kernels are compiled and caches fill.
+same ranks, loader, tables and optimizer as in training. It is ended after its last step, before the
+validation and the checkpoint of a run's end. The medians leave the first steps out, in which
+kernels are compiled and caches fill.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
+from launcher.config import RunConfig, flat, load
 from launcher.jsonl import read_rows
+from launcher.ranks import ranks_per_node, visible_gpus
 
 VARIANTS: dict[str, list[str]] = {
     "sparse": [],
@@ -37,6 +42,16 @@ VARIANTS: dict[str, list[str]] = {
     ],
 }
 """What is measured: names, and the overrides that make them from the configuration."""
+
+ENDLESS = 1_000_000
+"""Steps that a measured run believes to have before it."""
+
+DESCRIBED = ("model.", "mesh.", "engine.", "data.seq_len", "train.micro_batch", "train.global")
+"""Keys of the configuration that go with the figures."""
+
+
+LONG = ("config", "losses", "grad_norms")
+"""Figures for the file only."""
 
 
 def measure(
@@ -57,22 +72,25 @@ def measure(
         RuntimeError: the run failed; the message holds the end of its output.
     """
     words = [sys.executable, "-m", "launcher", "pretrain", str(config), *overrides]
-    words += ["--runs", str(folder), "--name", name, "--train.steps", str(steps)]
+    words += ["--runs", str(folder), "--name", name, "--train.steps", str(ENDLESS)]
     words += ["--engine.schedule.warmup", "1", "--train.evaluate_every", "0"]
     words += ["--train.sample_every", "0", "--checkpoint.every", "0", "--train.stats_every", "1000"]
     if trace is not None:
         words += ["--train.trace_at", str(steps - 1), "--train.trace_steps", "2"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    rows = list(read_rows(folder / name / "metrics.jsonl"))
-    if done.returncode or len(rows) < steps:
-        raise RuntimeError(f"{name}: {(done.stdout + done.stderr)[-3000:]}")
+    # A trace is written behind its last step and before the next one's line.
+    rows = _run(words, folder / name, steps + (trace is not None))[:steps]
     if trace is not None:
         for file in (folder / name / "traces").iterdir():
             shutil.copy(file, trace / f"{name}{''.join(file.suffixes)}")
+    losses, norms = ([row[key] for row in rows] for key in ("loss", "grad_norm"))
     rows = rows[skip:]
     speeds = [row["tokens_per_s"] for row in rows]
     parts = rows[-1]["seconds"]
+    cfg = config_of(folder / name)
     return {
+        "ranks": ranks_per_node(cfg.launch),
+        "device": device_name(),
+        "config": {k: v for k, v in flat(cfg).items() if k.startswith(DESCRIBED)},
         "tokens_per_s": statistics.median(speeds),
         "spread": (max(speeds) - min(speeds)) / statistics.median(speeds),
         "mfu": rows[-1].get("mfu"),
@@ -81,7 +99,42 @@ def measure(
             part: statistics.median(row["seconds"][part] for row in rows) for part in parts
         },
         "loss": rows[-1]["loss"],
+        "losses": losses,
+        "grad_norms": norms,
     }
+
+
+def _run(words: Sequence[str], run: Path, lines: int) -> list[dict[str, Any]]:
+    """Run a training until its metrics have so many lines, end it, and return them."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT)
+        rows: list[dict[str, Any]] = []
+        while len(rows) < lines and process.poll() is None:
+            time.sleep(0.1)
+            if (run / "metrics.jsonl").exists():
+                rows = list(read_rows(run / "metrics.jsonl"))
+        ranks = psutil.Process(process.pid).children() if process.poll() is None else []
+        process.kill()
+        process.wait()
+        # The ranks follow their launcher; the next run needs their memory.
+        psutil.wait_procs(ranks, timeout=60)
+        if len(rows) < lines:
+            output.seek(0)
+            raise RuntimeError(f"{run.name}: {output.read()[-3000:]}")
+    return rows
+
+
+def config_of(run: Path) -> RunConfig:
+    """Return the resolved configuration of a run."""
+    return load(run / "config.yaml")
+
+
+def device_name() -> str:
+    """Name the first GPU, or "cpu"."""
+    if not visible_gpus():
+        return "cpu"
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -127,7 +180,8 @@ def main(argv: Sequence[str]) -> int:
                 f"{found['memory_gib']:.2f}",
                 f"{found['loss']:.3f}",
             )
-            print(f"{variant}: {json.dumps(found)}", flush=True)
+            shown = {k: v for k, v in found.items() if k not in LONG}
+            print(f"{variant}: {json.dumps(shown)}", flush=True)
             if a.json is not None:
                 a.json.write_text(json.dumps(results, indent=1))
     Console(width=100).print(table)

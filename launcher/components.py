@@ -43,7 +43,8 @@ class Components:
         mesh: place of this rank.
         tokenizer: of the corpus.
         loader: hands out training and validation batches.
-        table: DeepEmbed rows dealt over the ranks; None when off or partitioned by ZeRO-3.
+        table: rows dealt over the ranks, of DeepEmbed and perhaps the input embedding; None when
+            both are off or partitioned by ZeRO-3.
         engine: the model under DeepSpeed.
         store: checkpoints.
         metrics: what is recorded; does nothing on ranks other than 0.
@@ -204,16 +205,18 @@ def build(cfg: RunConfig, folder: RunFolder, checkpoints: Path | None = None) ->
     # Every rank draws the same weights: ZeRO-3 keeps a part of each.
     seed_everything(cfg.seed, 0)
     table = None
-    if model.deepembed.kind != "off" and model.deepembed.partition == "rows":
+    if model.row_parts:
         table = RowTable(
             "deepembed",
             model.vocab_size,
-            model.layers * model.deepembed_width,
+            model.row_width,
             mesh,
             model.deepembed,
             dtype=cfg.engine.dtype(mesh.device),
-            groups=model.layers,
+            groups=model.row_parts,
         )
+        if model.embedding_partition == "rows":
+            table.draw_part(0, model.init_std, cfg.seed)
     exchange = GroupExchange(mesh, model.attention.groups) if mesh.group > 1 else None
     engine = Engine(
         lambda: TinyOnn(model, exchange),

@@ -23,6 +23,7 @@ import yaml
 
 from data.config import DataConfig
 from launcher.lifecycle import LaunchConfig
+from launcher.redact import secret_in
 from launcher.spikes import SpikeConfig
 from parallel.checkpoint import CheckpointConfig
 from parallel.engine_config import EngineConfig
@@ -222,6 +223,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = read_yaml(path)
     _check_known([key for key, _ in flatten(tree)], str(path))
     arguments = _overrides(overrides)
+    given = [word[2:].partition("=")[::2] for word in arguments]
+    key = secret_in([*flatten(tree), *given])
+    if key is not None:
+        raise ConfigError(
+            f"{path} and command line: {key} has credentials in a URL, which would be kept with "
+            "the run; leave them out and give them in the environment (for s3:// addresses "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws)"
+        )
     p = parser()
     try:
         namespace = p.instantiate(p.parse_args([f"--config={path}", *arguments]))

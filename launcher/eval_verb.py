@@ -28,10 +28,27 @@ def main(argv: Sequence[str]) -> int:
     p = argparse.ArgumentParser(
         prog="tiny-onn eval",
         description="Validation loss of a checkpoint, on the ranks of the run's configuration.",
-        epilog="example: tiny-onn eval runs/demo --step 200",
+        epilog="examples: tiny-onn eval runs/demo --step 200; tiny-onn eval runs/demo --follow",
     )
     p.add_argument("run", type=Path, help="run folder")
     p.add_argument("--step", type=int, help="checkpoint to take; the newest verified one if absent")
+    p.add_argument(
+        "--follow",
+        action="store_true",
+        help="evaluate every checkpoint once, new ones as they appear, until the run is DONE",
+    )
+    p.add_argument("--once", action="store_true", help="with --follow: only those that are there")
+    p.add_argument(
+        "--patience",
+        type=float,
+        default=3600.0,
+        help="with --follow: seconds without a new checkpoint after which to end",
+    )
     p.add_argument("--sequences", type=int, default=0, help="held-out sequences; 0 takes all")
     a = p.parse_args(argv)
+    if a.follow:
+        if a.step is not None:
+            p.error("--follow evaluates every step, so it cannot have a --step")
+        how = {"until_done": not a.once, "patience": a.patience, "sequences": a.sequences}
+        return run_worker(a.run, "follow", how)
     return run_worker(a.run, "evaluate", {"step": a.step, "sequences": a.sequences})

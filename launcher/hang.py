@@ -196,7 +196,9 @@ def report(logs: Path, attempt: str, world: int) -> tuple[Path, str]:
         first, others = words[verdict.late[0]], verdict.late[1:]
         who = f"rank {first.rank}" + (f" (and {', '.join(map(str, others))})" if others else "")
         at = f" on {first.node}" if first.node else ""
-        summary = f"{who}{at} is late: {verdict.reason}; the others wait in {verdict.waits}"
+        summary = f"{who}{at} is late: {verdict.reason}"
+        if len(verdict.late) < world:
+            summary += f"; the others wait in {verdict.waits}"
     else:
         summary = f"{verdict.reason}: {verdict.waits}"
     lines = [f"Hang of {attempt}, {time.strftime('%F %T')}", summary, "", _table(words)]

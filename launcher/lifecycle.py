@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -321,6 +321,9 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self.save_failed: Callable[[], bool] = lambda: False
         self._pending: tuple[Any, Any] | None = None
+        self._agreed = StopReason.NONE
+        self._facts: list[float] = []
+        self._heard: list[list[float]] = []
         for number in self.SIGNALS:
             signal.signal(number, self._handle)
 
@@ -353,19 +356,38 @@ class StopRequest:
         import torch
         import torch.distributed as dist
 
-        agreed = StopReason.NONE
-        if self._pending is not None:
-            work, flag = self._pending
-            work.wait()
-            agreed = StopReason(int(flag))
-        flag = torch.tensor(int(self.local()), dtype=torch.int32)
-        self._pending = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True), flag
+        self.finish()
+        agreed, self._agreed = self._agreed, StopReason.NONE
+        # Everyone's facts in places of their own: the greatest of each is the only one.
+        values = torch.zeros(1 + self.mesh.world * len(self._facts), dtype=torch.float64)
+        values[0] = int(self.local())
+        if self._facts:
+            values[1:].view(self.mesh.world, -1)[self.mesh.rank] = torch.tensor(self._facts)
+        self._pending = dist.all_reduce(values, op=dist.ReduceOp.MAX, async_op=True), values
         if agreed:
             self.finish()
         return agreed
 
+    def tell(self, facts: Sequence[float]) -> None:
+        """Let `requested` also tell all ranks these numbers, not negative, equally many on each."""
+        self._facts = list(facts)
+
+    def heard(self) -> list[list[float]]:
+        """Return what every rank told before the last call of `requested`, by rank; empty at first.
+
+        Costs no wait once the ranks have met since then.
+        """
+        if self.mesh is None or self.mesh.world == 1:
+            return [self._facts] if self._facts else []
+        self.finish()
+        return self._heard
+
     def finish(self) -> None:
         """Wait for the reduction under way; call it before the process group is destroyed."""
         if self._pending is not None:
-            self._pending[0].wait()
+            assert self.mesh is not None
+            work, values = self._pending
+            work.wait()
             self._pending = None
+            self._agreed = StopReason(int(values[0]))
+            self._heard = values[1:].view(self.mesh.world, -1).tolist() if len(values) > 1 else []

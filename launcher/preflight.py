@@ -3,7 +3,7 @@
 Every node looks at itself (versions, GPUs, disks) and at the job's network (an all-reduce with
 either neighbour and one over all nodes, on gloo and, with GPUs, on NCCL), and leaves
 `logs/TRY-preflight-nodeN.json`. The file is written before every stage: that of a node that hung
-says where. `--judge` reads all of them where the job's script runs (`preflight_judge.py`).
+says where. `preflight_judge` then reads all of them where the job's script runs.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ import torch.distributed as dist
 
 from data.config import node_folder
 from data.stored import is_remote
-from launcher import config, preflight_judge
+from launcher import config
 from launcher.config import RunConfig
 from launcher.lifecycle import RunFolder, write_atomically
 from launcher.path_verb import run_folder
+from launcher.preflight_judge import report_path
 from launcher.ranks import Rendezvous, visible_gpus
 
 ROOMS = ("launcher", "tiny_onn", "parallel", "data", "kernels")
@@ -329,25 +330,20 @@ def probe(cfg: RunConfig, folder: RunFolder, report: Report, path: Path) -> None
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check this node, or judge what all nodes found."""
+    """Check this node; does not return."""
     p = argparse.ArgumentParser(
         prog="tiny-onn preflight",
         description="Check this node of a Slurm job before its ranks start.",
         epilog="example: srun --ntasks-per-node=1 tiny-onn preflight launcher/configs/1b.yaml",
     )
-    p.add_argument("--judge", nargs=2, metavar=("LOGS", "TRY"), help="judge all nodes' reports")
-    p.add_argument("config", type=Path, nargs="?")
+    p.add_argument("config", type=Path)
     known, overrides = p.parse_known_args(argv)
-    if known.judge:
-        return preflight_judge.judge(Path(known.judge[0]), known.judge[1])
-    if known.config is None:
-        p.error("give a configuration")
     cfg = config.load(known.config, overrides)
     folder = RunFolder(run_folder(known.config, overrides)).create()
     os.environ.update({k: str(v) for k, v in cfg.launch.environment.items()})
     node = int(os.environ.get("NODE_RANK", "0"))
     report = Report(node, os.environ.get("NODE_NAME", platform.node()))
-    probe(cfg, folder, report, preflight_judge.report_path(folder.logs, folder.attempt, node))
+    probe(cfg, folder, report, report_path(folder.logs, folder.attempt, node))
     # A collective that timed out leaves threads that would keep the process.
     sys.stdout.flush()
     os._exit(0)

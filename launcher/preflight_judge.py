@@ -1,8 +1,9 @@
 """Whose fault is it? Reads what every node of a pre-flight found and names the unfit ones.
 
-Runs where the job's script runs, on what the nodes left in `logs/`. A node is unfit when it found a
-problem of its own, differs from the majority in a version, did not report, or fails in every
-all-reduce that it took part in while others work. What is the same on all nodes is no node's fault.
+`python -m launcher.preflight_judge LOGS TRY` runs where the job's script runs, on what the nodes
+left in `logs/`, and loads nothing but the standard library. A node is unfit when it found a problem
+of its own, differs from the majority in a version, did not report, or fails in every all-reduce
+that it took part in while others work. What is the same on all nodes is no node's fault.
 """
 
 from __future__ import annotations
@@ -135,9 +136,19 @@ def _judge_network(
         general.extend(f"all-reduce over all nodes failed on {n}: {t}" for t, n in failed.items())
 
 
+def main(argv: Sequence[str]) -> int:
+    """Judge; see `judge`."""
+    logs, attempt = argv
+    return judge(Path(logs), attempt)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         report = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return report if isinstance(report, dict) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -89,6 +89,12 @@ def resolved(cfg: RunConfig) -> RunConfig:
             f"{size} ids; leave model.vocab_size at 0 to take the tokenizer's"
         )
     cfg.model.vocab_size = size
+    if is_remote(cfg.data.path) and 0 < cfg.launch.step_timeout <= cfg.data.patience:
+        raise ConfigError(
+            f"data.patience is {cfg.data.patience:g} s and launch.step_timeout "
+            f"{cfg.launch.step_timeout:g} s: while the store is away the run would be taken for "
+            "hung; make the second larger"
+        )
     return cfg
 
 

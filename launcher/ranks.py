@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,10 @@ POLL_SECONDS = 0.05
 TAIL_LINES = 25
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class PortTakenError(RunError):
+    """The rendezvous' port is in use: another one, or another moment, may do."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,32 @@ class Rendezvous:
         raise RunError(
             f"node {self.node} reaches {others[0]} only as {own}, which is not on a network "
             "interface; give the nodes names that resolve to their network addresses"
+        )
+
+    def check_port(self) -> None:
+        """See that rank 0 will be able to serve its store.
+
+        Raises:
+            PortTakenError: something else listens there; names it where that can be told.
+        """
+        if self.nodes == 1 or self.node != 0:
+            return
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind(("", self.port))
+                return
+            except OSError as e:
+                error = e
+        owner = ""
+        with suppress(psutil.AccessDenied):
+            for c in psutil.net_connections("tcp"):
+                if c.laddr and c.laddr.port == self.port and c.status == "LISTEN" and c.pid:
+                    owner = f" by process {c.pid} ({psutil.Process(c.pid).name()})"
+        raise PortTakenError(
+            f"port {self.port} of {self.address} (MASTER_PORT), where the ranks are to meet, is "
+            f"taken{owner} ({error.strerror}): set MASTER_PORT to a free one on all nodes, or end "
+            "that process; a Slurm job looks for a free one at its next try"
         )
 
 
@@ -265,6 +295,7 @@ def launch(arguments: Sequence[str], folder: RunFolder, cfg: LaunchConfig) -> in
     try:
         with ExitStack() as stack:
             place = Rendezvous.from_environment(os.environ)
+            place.check_port()
             # Of the nodes' launchers the first one holds the folder for all.
             lock = stack.enter_context(RunLock(folder)) if place.node == 0 else None
             board = stack.enter_context(closing(BeatBoard(processes, cfg.first_step_timeout)))
@@ -275,6 +306,8 @@ def launch(arguments: Sequence[str], folder: RunFolder, cfg: LaunchConfig) -> in
                 ranks.append(_start(arguments, environment, folder, inherited))
             hangs = HangWatch(ranks, board, folder, place.node, place.nodes)
             return _watch(ranks, signals, lock, place, hangs)
+    except PortTakenError:
+        raise
     except RunError as e:
         folder.refuse(str(e))
         raise

@@ -33,7 +33,8 @@ class StepRecord:
         sample_ids: which samples the step trained on, when worth keeping.
         event: what happened beside the step: its "kind" (skipped, rollback) and more.
         tables: numbers of the row tables by name (unique_rows, bytes_moved …), all ranks.
-        extra: further scalars; a name with a slash is its tag, others go to `train/`.
+        extra: further scalars (the shares of `launcher.stragglers`, of the step before); a name
+            with a slash is its tag, others go to `train/`.
     """
 
     step: int

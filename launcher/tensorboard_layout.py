@@ -19,6 +19,10 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Speed & step time": {
         "tokens per second": ("speed/tokens_per_s",),
         "step time by part, seconds": (r"time/[a-z_]+",),
+        "waiting: for the slowest rank, for data (shares)": (
+            "speed/slowest_share",
+            "speed/data_stall_share",
+        ),
         "model FLOP utilisation": ("speed/mfu",),
         "memory, GiB": ("speed/memory_gib",),
     },

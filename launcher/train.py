@@ -10,11 +10,12 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from data.index import DataError
 from data.loader import Batch
 from launcher.components import active_flops, build, open_metrics
 from launcher.config import RunConfig
@@ -25,6 +26,7 @@ from launcher.metrics import StepRecord, memory_bytes, recording
 from launcher.resume import restore, save
 from launcher.rollback import roll_back
 from launcher.spikes import SpikeError
+from launcher.stragglers import Stragglers
 from launcher.trace import Trace
 from parallel.engine import StepResult
 from tiny_onn.dynmoe import update_controllers
@@ -66,6 +68,8 @@ class Trainer:
         at = cfg.train.trace_at if self.c.mesh.is_first else 0
         self.trace = Trace(folder.root / "traces", at, cfg.train.trace_steps, self.c.mesh.device)
         self.checkpoint_seconds = 0.0
+        self.saved = self.c.step
+        self.stragglers = Stragglers(self.c.engine.module, self.c.mesh)
 
     def train(self) -> Literal["done", "stopped"]:
         """Train to the last step, or until asked to stop; either way a checkpoint is left."""
@@ -74,8 +78,7 @@ class Trainer:
             self.trace.step(c.step)
             timer = StepTimer()
             with timer("data"):
-                batches = c.loader.next_step()
-                labels, label_bytes = self._count(batches)
+                batches, labels, label_bytes = self._next_step()
             with recording(c.engine.module, self._due(cfg.stats_every, c.step + 1)) as stats:
                 loss, tables, result = self._forward_backward_step(batches, labels, timer)
             update_controllers(c.engine.module, c.engine.rewrite, skipped=result.skipped)
@@ -152,16 +155,45 @@ class Trainer:
         assert result is not None, "the engine steps at the last micro-batch"
         return loss, dict(zip(counts, sums[1:].tolist(), strict=True)), result
 
-    def _count(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        """Count labels and the bytes they stand for, over all ranks' batches of this step."""
+    def _next_step(self) -> tuple[list[Batch], int, int]:
+        """Return this rank's batches, and all ranks' labels and the bytes that they stand for.
+
+        Raises:
+            DataError: a rank cannot read its data; on all ranks, after a checkpoint.
+        """
+        self.stragglers.begin()
+        cursor = self.c.loader.state_dict()
+        batches: list[Batch] = []
+        failure: DataError | None = None
+        try:
+            batches = self.c.loader.next_step()
+        except DataError as e:
+            failure = e
         counts = torch.tensor(
             [
                 sum(b.n_labels for b in batches),
                 sum(self.c.label_bytes(b.labels_T) for b in batches),
+                int(failure is not None),
             ]
         )
         dist.all_reduce(counts)
-        return int(counts[0]), int(counts[1])
+        if counts[2]:
+            self._stop_without_data(cursor, failure)
+        return batches, int(counts[0]), int(counts[1])
+
+    def _stop_without_data(self, cursor: dict[str, Any], failure: DataError | None) -> NoReturn:
+        c = self.c
+        # Ranks that could read theirs are a step ahead.
+        c.loader.load_state_dict(cursor)
+        if c.step > self.saved:
+            self._save()
+            self._finish_saving()
+        # The first rank that ends takes the others with it.
+        dist.barrier()
+        kept = f"; a checkpoint of step {c.step} is kept" if c.step else ""
+        if failure is not None:
+            raise DataError(f"{failure}\nstopped after step {c.step}{kept}") from failure
+        raise DataError(f"another rank cannot read its data: stopped after step {c.step}{kept}")
 
     def _record(
         self,
@@ -179,6 +211,8 @@ class Trainer:
             behind = {} if event is None else {"behind": event}
             event = {"kind": "skipped", "reason": c.spikes.reason, **behind}
         checkpoint, self.checkpoint_seconds = self.checkpoint_seconds, 0.0
+        shares = self.stragglers.shares(c.stop.heard())
+        c.stop.tell(self.stragglers.facts(timer.seconds["data"], timer.total()))
         return StepRecord(
             step=c.step,
             loss=loss,
@@ -199,6 +233,7 @@ class Trainer:
             memory_bytes=memory_bytes(c.engine.device),
             mfu=mfu(tokens_per_s, self.flops, c.engine.device, c.mesh.world),
             tables=tables,
+            extra=shares,
         )
 
     def _due(self, every: int, step: int | None = None) -> bool:
@@ -249,6 +284,7 @@ class Trainer:
         """Begin to write a checkpoint; raises CheckpointError when the one before failed."""
         start = time.perf_counter()
         save(self.c)
+        self.saved = self.c.step
         self.checkpoint_seconds += time.perf_counter() - start
         self.c.watchdog.beat(self.c.step, "checkpoint")
 

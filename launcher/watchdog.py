@@ -116,6 +116,10 @@ class Watchdog:
             word.stacks = f.read()
         try:
             word.collectives = last_collectives()
+        except Exception as e:
+            # Whatever the recorder's trouble, this process must end.
+            print(f"rank {self.rank}: no collectives in the report: {e!r}", file=sys.stderr)
+        try:
             write_words(self.report, [word])
             where = f"stacks of all threads in {self.report}"
         except OSError as e:

@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m launcher.worker CONFIG.yaml train|evaluate|generate [JSON]`.
+"""One rank of a run: `python -m launcher.worker CONFIG.yaml train|evaluate|follow|generate [JSON]`.
 
 Started by `launcher.ranks`, never by hand.
 """
@@ -19,7 +19,9 @@ import torch.distributed as dist
 from launcher import config
 from launcher.components import Components, build
 from launcher.evaluate import text_sample, validate
+from launcher.follow import Follower
 from launcher.lifecycle import RunFolder
+from launcher.redact import redact
 from launcher.resume import restore
 from launcher.train import Trainer
 from parallel.checkpoint import CheckpointError
@@ -38,6 +40,22 @@ def train(cfg: config.RunConfig, folder: RunFolder) -> None:
     dist.barrier()
     if outcome == "done" and trainer.c.mesh.rank == 0:
         folder.mark_done(trainer.c.step)
+
+
+def follow(cfg: config.RunConfig, run: RunFolder, arguments: dict[str, Any]) -> None:
+    """Evaluate the checkpoints of a run, those to come too; says in a file when nothing is left."""
+    own = RunFolder(run.root / "evaluation").create()
+    held = own.root / "held"
+    held.mkdir(exist_ok=True)
+    c = build(cfg, own, held)
+    follower = Follower(c, run, held, int(arguments["sequences"]))
+    why = follower.follow(bool(arguments["until_done"]), float(arguments["patience"]))
+    asked_to_stop = bool(c.stop.local())
+    c.close()
+    if c.mesh.is_first:
+        print(why, flush=True)
+        if not asked_to_stop:
+            (own.logs / f"{own.attempt}.finished").write_text(f"{why}\n")
 
 
 def evaluate(c: Components, arguments: dict[str, Any]) -> str:
@@ -78,8 +96,10 @@ def main(argv: Sequence[str]) -> int:
         _end(argv, str(e))
     except RuntimeError as e:
         if not any(text in str(e) for text in LOST_PEER):
-            raise
+            _crash()
         _end(argv, "lost the connection to another rank; the one that ended first says why")
+    except Exception:
+        _crash()
     return 1
 
 
@@ -88,9 +108,15 @@ def _end(argv: Sequence[str], message: str) -> None:
     rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TINY_ONN_TRY", "")
     where = Path(argv[0]).parent / f"{attempt}-rank{rank}.traceback"
     with contextlib.suppress(OSError):
-        where.write_text(traceback.format_exc())
-    print(f"rank {rank}: {message}\n(traceback: {where})", file=sys.stderr, flush=True)
+        where.write_text(redact(traceback.format_exc()))
+    print(redact(f"rank {rank}: {message}\n(traceback: {where})"), file=sys.stderr, flush=True)
     # Threads of libraries that wait for a peer must not keep the process.
+    os._exit(1)
+
+
+def _crash() -> None:
+    """Show the traceback of an error that nobody expected, and exit with 1."""
+    print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -100,6 +126,8 @@ def run(argv: Sequence[str]) -> int:
     folder = RunFolder(Path(cfg.runs) / cfg.name)
     if argv[1] == "train":
         train(cfg, folder)
+    elif argv[1] == "follow":
+        follow(cfg, folder, json.loads(argv[2]))
     else:
         arguments = json.loads(argv[2])
         c = build(cfg, RunFolder(folder.root / "evaluation").create(), folder.checkpoints)

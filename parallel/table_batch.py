@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, overload
 
 import torch
@@ -51,20 +52,34 @@ class Staged:
 
     Attributes:
         ids_T: whose rows they are.
-        plan: who needs which.
+        plan: who needs which; this and what follows up to `gate` once `planned`.
         index: which row each token uses, on the device.
         wanted_N: distinct local rows asked of this rank, sorted, in the tier's memory.
-        rows_LNw: their weights, filled by the tier's thread; None until reading begins.
-        gate: how many parts are filled.
+        rows_LNw: their weights, filled by the tier's thread.
         deferred_N: positions in `wanted_N` that the step under way will fill, int64.
+        indexed: CUDA event behind the copies of the indices to the device.
+        gate: how many parts are filled.
+        may_defer: rows may have been left to the step under way.
+        reading: the rows are being read.
     """
 
-    def __init__(self, ids_T: Tensor, plan: Plan, index: RowIndex, wanted_N: Tensor) -> None:
-        self.ids_T, self.plan, self.index, self.wanted_N = ids_T, plan, index, wanted_N
-        self.rows_LNw: Tensor | None = None
-        self.gate = Gate()
-        self.deferred_N: Tensor = wanted_N.new_empty(0)
+    plan: Plan
+    index: RowIndex
+    wanted_N: Tensor
+    rows_LNw: Tensor
+    deferred_N: Tensor
+
+    def __init__(self, ids_T: Tensor) -> None:
+        self.ids_T = ids_T
         self.indexed: Any | None = None
+        self.gate = Gate()
+        self.may_defer = self.reading = False
+        self.planned: Future[None] | None = None
+
+    def fill(self, plan: Plan, index: RowIndex, wanted_N: Tensor, rows_LNw: Tensor) -> None:
+        """Note what a plan has found, and where the rows will be."""
+        self.plan, self.index, self.wanted_N, self.rows_LNw = plan, index, wanted_N, rows_LNw
+        self.deferred_N = wanted_N.new_empty(0)
         if index.inverse_T.is_cuda:
             # The index and the plan's are on their way to the device; other streams wait for this.
             device = index.inverse_T.device
@@ -81,6 +96,15 @@ def places_in(sorted_N: Tensor, rows_P: Tensor) -> Tensor:
         return torch.full_like(rows_P, -1)
     place_P = torch.searchsorted(sorted_N, rows_P).clamp_(max=sorted_N.shape[0] - 1)
     return torch.where(sorted_N[place_P] == rows_P, place_P, -1)
+
+
+def own_part(rows_LNw: Tensor, k: int) -> Tensor:
+    """Return the memory of part `k` as a tensor that autograd does not link with the others.
+
+    Views of one tensor share a version counter: writing a later part would then look to autograd as
+    if the earlier ones, which the model has used and saved, had been changed.
+    """
+    return rows_LNw.data[k]
 
 
 class DeviceBuffer:
@@ -148,7 +172,6 @@ class Parts(Sequence[Tensor]):
             arrived: see the class.
         """
         rows_LNw = staged.rows_LNw
-        assert rows_LNw is not None
         self._staged, self._exchange, self._check = staged, exchange, check
         self._rows_LNw, self._stream, self.arrived = rows_LNw, stream, arrived
         self._buffer = buffer
@@ -159,6 +182,7 @@ class Parts(Sequence[Tensor]):
         self._leaves: list[Tensor | None] = [None] * count
         self._exchanged: list[Tensor] = []
         self._events: list[Any] = []
+        self._waited: Any | None = None
         self._on_device: Tensor | None = None
         self.shape = (count, staged.plan.unique, width)
         if self._stream is not None:
@@ -202,7 +226,9 @@ class Parts(Sequence[Tensor]):
             self._buffer.release(self._on_device)
 
     def _leaf(self, k: int) -> Tensor:
-        rows_Uw = self._deliver(k).detach()
+        # .data, not detach(): a version counter of its own, since copies of later layers write
+        # beside this one while autograd keeps it.
+        rows_Uw = self._deliver(k).data
         arrived = self.arrived
         if arrived is None:
             return rows_Uw
@@ -221,7 +247,7 @@ class Parts(Sequence[Tensor]):
         self._staged.gate.wait(k, self._check)
         if self._stream is None:
             if plan.asked is None:
-                return self._rows_LNw[k]
+                return own_part(self._rows_LNw, k)
             while len(self._exchanged) <= k:
                 part = self._rows_LNw[len(self._exchanged)]
                 self._exchanged.append(self._exchange.deliver(plan, part))
@@ -234,13 +260,25 @@ class Parts(Sequence[Tensor]):
             # All ranks must exchange alike: the next layer travels while this one is in use.
             last = min(k + 1, len(self) - 1)
             self._staged.gate.wait(last, self._check)
-        with torch.cuda.stream(self._stream):
-            for i in range(len(self._events), last + 1):
-                target = self._on_device[i]
-                if plan.asked is None:
-                    target.copy_(self._rows_LNw[i], non_blocking=True)
-                else:
-                    self._exchange.deliver(plan, self._rows_LNw[i], out=target)
-                self._events.append(self._stream.record_event())
-        torch.cuda.current_stream(self._on_device.device).wait_event(self._events[k])
-        return self._on_device[k]
+        sent = len(self._events)
+        if sent <= last:
+            with torch.cuda.stream(self._stream):
+                self._send(sent, last + 1)
+        event = self._events[k]
+        if event is not self._waited:
+            self._waited = event
+            torch.cuda.current_stream(self._on_device.device).wait_event(event)
+        return own_part(self._on_device, k)
+
+    def _send(self, start: int, stop: int) -> None:
+        """Send parts start … stop - 1 to the device, or to the ranks that asked for them."""
+        assert self._on_device is not None and self._stream is not None
+        plan = self._staged.plan
+        if plan.asked is None:
+            target = self._on_device.data[start:stop]
+            target.copy_(self._rows_LNw[start:stop], non_blocking=True)
+            self._events += [self._stream.record_event()] * (stop - start)
+            return
+        for i in range(start, stop):
+            self._exchange.deliver(plan, self._rows_LNw[i], out=own_part(self._on_device, i))
+            self._events.append(self._stream.record_event())

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.rows import gather_rows
+from kernels.rows import gather_rows, modulate
 from parallel.mesh import Mesh, init_mesh
 from parallel.table_layout import TableConfig
-from parallel.tables import RowTable
+from parallel.tables import Rows, RowTable
 
 
 @dataclass
@@ -106,7 +106,7 @@ def train(
             after = (step, batch + 1) if batch + 1 < run.accumulation else (step + 1, 0)
             if run.prefetch == "within":
                 table.prefetch(batch_ids(run, *after, mesh))
-            scale = 1 + gather_rows(rows.whole(), rows.lookup).float()
+            scale = _scale(run, rows)
             loss = run.loss(scale, ids.to(scale.device))
             (loss / run.accumulation).backward()  # type: ignore[no-untyped-call]
             table.accumulate(rows)
@@ -118,6 +118,15 @@ def train(
         if run.prefetch == "after_step":
             table.prefetch(batch_ids(run, step + 1, 0, mesh))
     return losses
+
+
+def _scale(run: Run, rows: Rows) -> Tensor:
+    """Return 1 + value of every token, fp32 [T, W], part by part as a model's layers do."""
+    if run.groups == 1:
+        return 1 + gather_rows(rows.whole(), rows.lookup).float()
+    tokens, width = rows.inverse_T.shape[0], run.width // run.groups
+    ones_Tw = torch.ones(tokens, width, device=rows.inverse_T.device)
+    return torch.cat([modulate(ones_Tw, part, rows.lookup) for part in rows.parts], dim=1)
 
 
 def train_one(mesh: Mesh, run: Run) -> Result:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.rows import RowIndex, row_index, segment_sum, unique_ids
+from kernels.rows import RowIndex, row_index, segment_sum, unique_index
 from parallel.mesh import Mesh
 from parallel.table_layout import TableError
 
@@ -78,15 +78,14 @@ class Exchange:
         if refusal is not None:
             self._all_to_all_counts([REFUSED] * world)
             raise TableError(refusal)
-        unique_U, inverse_T = unique_ids(ids_T)
+        unique_U, index = unique_index(ids_T)
         unique = unique_U.shape[0]
         if world == 1:
-            index = row_index(inverse_T, unique)
             return Plan(unique, [unique], [unique], unique_U, None), index.to(self.mesh.device)
         owner_U, by_owner_U = torch.sort(unique_U % world, stable=True)
         place_U = torch.empty_like(by_owner_U)
         place_U[by_owner_U] = torch.arange(unique)
-        index = row_index(place_U[inverse_T], unique)
+        index = row_index(place_U[index.inverse_T], unique)
         send_counts = torch.bincount(owner_U, minlength=world).tolist()
         receive_counts = self._all_to_all_counts(send_counts)
         if REFUSED in receive_counts:
@@ -96,14 +95,14 @@ class Exchange:
             )
         asked_R = torch.empty(sum(receive_counts), dtype=torch.int64)
         dist.all_to_all_single(asked_R, unique_U[by_owner_U] // world, receive_counts, send_counts)
-        wanted_N, asked = unique_ids(asked_R)
+        wanted_N, asked = unique_index(asked_R)
         return (
             Plan(
                 unique,
                 send_counts,
                 receive_counts,
                 wanted_N,
-                row_index(asked, wanted_N.shape[0]).to(self.mesh.device),
+                asked.to(self.mesh.device),
             ),
             index.to(self.mesh.device),
         )
@@ -162,6 +161,12 @@ class Exchange:
         values: list[Any] = [None] * self.mesh.world
         dist.all_gather_object(values, value)
         return values
+
+    def require(self, ids_T: Tensor) -> None:
+        """Raise TableError when this rank's batch holds an id outside the table."""
+        refusal = self._refusal(ids_T.detach().reshape(-1).to("cpu", torch.int64))
+        if refusal is not None:
+            raise TableError(refusal)
 
     def _refusal(self, ids_T: Tensor) -> str | None:
         if ids_T.numel() == 0:

@@ -41,7 +41,8 @@ class TableConfig:
         kernel: what reads and steps rows in host memory: "compiled" (C++, built once on first use,
             into TORCH_EXTENSIONS_DIR), "torch" (nothing to compile, many times slower) or "auto"
             (compiled on a GPU machine, else torch). Rows on the device always take torch.
-        threads: of the compiled kernel; 0 takes the rank's share of the cores, less two.
+        threads: of the compiled kernel; 0 takes the rank's share of the cores, on a GPU machine a
+            quarter of it (8 at most).
         direct: open the nvme tier with O_DIRECT. Turn off only where the file system has no
             O_DIRECT (tmpfs): the page cache then takes memory beside the cache of rows.
     """

@@ -1,9 +1,11 @@
 """A table's rows as they were at one moment, read while training goes on.
 
-The rows are read in order, chunk by chunk, on the table's own thread, between its other work. A row
-that a step is about to change before it was read is copied first, so what is read is the state of
-the moment at which the snapshot was taken. Ids are sorted by frequency: the rows that change at
-every step are read first, and few copies are ever held.
+Rows that no step has touched since they were made are zero: only their ids are written, so that the
+checkpoint of a huge table is as large as what it has learnt. The others are read in order, chunk by
+chunk, on the table's own thread, between its other work. A row that a step is about to change
+before it was read is copied first, so what is read is the state of the moment at which the snapshot
+was taken. Ids are sorted by frequency: the rows that change at every step are read first, and few
+copies are ever held.
 
 Shapes: N distinct rows of one call.
 """
@@ -37,22 +39,28 @@ class TableSnapshot:
     Everything but `wait_for_room` and `finish` runs on the tier's thread.
     """
 
-    def __init__(self, tier: Tier, thread: TierThread, rows: int, chunk_bytes: int) -> None:
+    def __init__(self, tier: Tier, thread: TierThread, touched: Tensor, chunk_bytes: int) -> None:
         """Take the moment: work given to `thread` later does not count.
 
         Args:
             tier: where the rows are.
             thread: which works on the tier.
-            rows: local rows.
+            touched: which local rows may be other than zero, bool.
             chunk_bytes: bytes to read at a time.
         """
-        self._tier, self._thread, self.rows = tier, thread, rows
+        self._tier, self._thread = tier, thread
+        self._rows_N = touched.nonzero()[:, 0]
+        self._untouched_N = (~touched).nonzero()[:, 0]
+        self.rows = self._rows_N.shape[0]
         row_bytes = 4 * tier.layout.columns
         self.chunk_rows = max(1, chunk_bytes // row_bytes)
         self._row_bytes = row_bytes
-        self._most_copies = max(COPIES_FLOOR, int(COPIES_SHARE * rows * row_bytes)) // row_bytes
+        self._most_copies = (
+            max(COPIES_FLOOR, int(COPIES_SHARE * self.rows * row_bytes)) // row_bytes
+        )
         self._next = 0
-        self._copied = torch.zeros(rows, dtype=torch.bool)
+        # Rows that need no copy: those that have one, and those that are not saved.
+        self._copied = ~touched
         self._copies: list[tuple[Tensor, Fields]] = []
         self._held = 0
         self._room = threading.Condition()
@@ -60,7 +68,7 @@ class TableSnapshot:
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
-        """[start, stop) of local rows of every chunk; one empty chunk for no rows."""
+        """[start, stop) among the saved rows of every chunk; one empty chunk for no rows."""
         step = self.chunk_rows
         return [(at, min(at + step, self.rows)) for at in range(0, max(self.rows, 1), step)]
 
@@ -79,19 +87,22 @@ class TableSnapshot:
 
     def read(self, start: int, stop: int) -> Fields:
         """Return copies of the next chunk's fields."""
+        rows_N = self._rows_N[start:stop]
         views = self._tier.views()
         if views is not None:
-            fields = {name: view[start:stop].clone() for name, view in views.items()}
+            fields = {name: view.index_select(0, rows_N) for name, view in views.items()}
         else:
-            fields = self._tier.peek(torch.arange(start, stop))
+            fields = self._tier.peek(rows_N)
+        end = int(rows_N[-1]) + 1 if stop > start else 0
         kept = []
         for index_N, copies in self._copies:
-            low, high = torch.searchsorted(index_N, torch.tensor([start, stop])).tolist()
+            low, high = torch.searchsorted(index_N, torch.tensor([self._next, end])).tolist()
+            places = torch.searchsorted(rows_N, index_N[low:high])
             for name, field in fields.items():
-                field[index_N[low:high] - start] = copies[name][low:high]
+                field[places] = copies[name][low:high]
             if high < index_N.shape[0]:
                 kept.append((index_N, copies))
-        self._next, self._copies = stop, kept
+        self._next, self._copies = end, kept
         with self._room:
             self._held = sum(index_N.shape[0] for index_N, _ in kept)
             self._room.notify_all()
@@ -113,6 +124,8 @@ class TableSnapshot:
     def source(self, first_id: int, id_step: int) -> TensorSource:
         """Return the rows as tensors of a file: "CHUNK/ids" int64 [n] and "CHUNK/FIELD" [n, width].
 
+        Behind them come the ids of the rows that are zero, as "CHUNK/untouched".
+
         Args:
             first_id: id of local row 0.
             id_step: from one local row's id to the next.
@@ -123,10 +136,14 @@ class TableSnapshot:
             for name, width in self._tier.layout.widths.items():
                 specs[f"{number:06d}/{name}"] = TensorSpec(torch.float32, (stop - start, width))
 
+        untouched = f"{len(self.chunks):06d}/untouched"
+        specs[untouched] = TensorSpec(torch.int64, (self._untouched_N.shape[0],))
+
         def tensors() -> Iterator[Tensor]:
             for start, stop in self.chunks:
-                fields = self._thread.submit(partial(self.read, start, stop)).result()
-                yield torch.arange(start, stop) * id_step + first_id
+                fields = self._thread.submit(partial(self.read, start, stop), "snapshot").result()
+                yield self._rows_N[start:stop] * id_step + first_id
                 yield from (fields[name] for name in self._tier.layout.widths)
+            yield self._untouched_N * id_step + first_id
 
         return TensorSource(specs, tensors, close=self.finish)

@@ -30,17 +30,31 @@ class OwnedRows:
         ids = shard["ids"].cpu()
         mine = (ids % self.mesh.world == self.mesh.rank).nonzero()[:, 0]
         local_N = ids[mine] // self.mesh.world
+        self._take(local_N)
+        whole = mine.shape[0] == ids.shape[0]
+        return local_N, {
+            name: shard[name] if whole else shard[name].index_select(0, mine.to(shard[name].device))
+            for name in self.layout.widths
+        }
+
+    def untouched(self, ids: Tensor) -> Tensor:
+        """Return the local rows int64 [N] that this rank owns of those saved as zero.
+
+        Raises:
+            TableError: an id outside the table, or a row that came before.
+        """
+        self._check_ids(ids)
+        mine = ids[ids % self.mesh.world == self.mesh.rank] // self.mesh.world
+        self._take(mine)
+        return mine
+
+    def _take(self, local_N: Tensor) -> None:
         if bool(self._seen[local_N].any()) or torch.unique(local_N).shape[0] != local_N.shape[0]:
             raise TableError(
                 f"table {self.name!r}: the state holds a row twice; give the pieces of one "
                 "checkpoint only"
             )
         self._seen[local_N] = True
-        whole = mine.shape[0] == ids.shape[0]
-        return local_N, {
-            name: shard[name] if whole else shard[name].index_select(0, mine.to(shard[name].device))
-            for name in self.layout.widths
-        }
 
     def require_all(self) -> None:
         """Raise TableError when rows of this rank have not come."""
@@ -62,11 +76,7 @@ class OwnedRows:
                 f"needs {sorted(names)}; resume with the optimizer it was saved with"
             )
         ids = shard["ids"]
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.rows):
-            raise TableError(
-                f"table {self.name!r}: the state has ids {int(ids.min())}..{int(ids.max())}, the "
-                f"table has {self.rows} rows; resume with the vocabulary it was saved with"
-            )
+        self._check_ids(ids)
         for name, width in self.layout.widths.items():
             if shard[name].shape != (ids.shape[0], width) or shard[name].dtype != torch.float32:
                 raise TableError(
@@ -74,3 +84,10 @@ class OwnedRows:
                     f"{tuple(shard[name].shape)}, expected torch.float32 {(ids.shape[0], width)}; "
                     "resume with the sizes it was saved with"
                 )
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.rows):
+            raise TableError(
+                f"table {self.name!r}: the state has ids {int(ids.min())}..{int(ids.max())}, the "
+                f"table has {self.rows} rows; resume with the vocabulary it was saved with"
+            )

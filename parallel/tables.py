@@ -24,7 +24,7 @@ table, W columns of a row, L parts of w = W / L columns.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ from parallel.tensor_file import TensorSource, TensorSpec
 log = logging.getLogger(__name__)
 
 STATE_CHUNK_BYTES = 256 * 2**20
+DRAW_IDS = 512
+"""Ids whose weights are drawn together; part of what a seed means."""
 
 
 class Rows(NamedTuple):
@@ -144,9 +146,11 @@ class RowTable:
             local, shape, self._tier.device, mesh.device, self._thread, self._kernels
         )
         self._ahead: Staged | None = None
-        self._fetched: list[Tensor] = []
+        self._fetched: list[Staged] = []
         self._open: list[Parts] = []
         self._snapshot: TableSnapshot | None = None
+        # Rows that may be other than zero, by the work given to the tier's thread so far.
+        self._touched = torch.zeros(local, dtype=torch.bool)
         self._reset_counts()
 
     def prefetch(self, ids_T: Tensor) -> None:
@@ -160,14 +164,11 @@ class RowTable:
             TableError: an id outside the table, or earlier work of the tier failed.
         """
         self._thread.check()
-        staged = self._ahead = self._stage(ids_T)
-        if self._tier.device.type != "cpu":
-            # Where the rows are in the device's memory, nothing is gained by reading early.
-            return
-        if self._fetched:
-            fetched = torch.cat(self._fetched)
-            staged.deferred_N = torch.isin(staged.wanted_N, fetched).nonzero()[:, 0]
-        self._read(staged, "read ahead")
+        # Where the rows are in the device's memory, nothing is gained by reading early.
+        early = self._tier.device.type == "cpu"
+        staged = self._ahead = self._stage(ids_T, defer=early)
+        if early:
+            self._read(staged, "read ahead")
 
     def fetch(self, ids_T: Tensor) -> Rows:
         """Return the rows of this rank's micro-batch, as of the last step. A collective call.
@@ -184,13 +185,14 @@ class RowTable:
         grad = torch.is_grad_enabled()
         staged, hit = self._ahead, False
         if staged is not None and grad and torch.equal(staged.ids_T, ids_T):
-            self._ahead, hit = None, staged.rows_LNw is not None
-            if staged.deferred_N.shape[0]:
-                self._read_deferred(staged)
+            self._ahead, hit = None, staged.reading
+            self._read_deferred(staged)
         else:
-            staged = self._stage(ids_T)
-        if staged.rows_LNw is None:
+            staged = self._stage(ids_T, defer=False)
+        if not staged.reading:
             self._read(staged, "read")
+        if staged.planned is not None:
+            staged.planned.result()
         plan = staged.plan
         gradient = BatchGradient(
             self._exchange, plan, (self.parts, self.width // self.parts), self._stream
@@ -213,7 +215,7 @@ class RowTable:
             arrived=arrived if grad else None,
         )
         if grad:
-            self._fetched.append(staged.wanted_N)
+            self._fetched.append(staged)
             self._open.append(parts)
         wanted = staged.wanted_N.shape[0]
         self._counts["prefetch_hits"] += wanted if hit else 0
@@ -274,9 +276,10 @@ class RowTable:
             float(clip_coefficient),
         )
         rows_P, part_of = self._gradient.rows()
+        self._touched[rows_P.cpu()] = True
         ahead = self._ahead
-        if ahead is not None and ahead.rows_LNw is not None:
-            ahead.gate = Gate()
+        if ahead is not None and ahead.reading:
+            ahead.gate, ahead.may_defer = Gate(), False
         else:
             ahead = None
         if self._snapshot is not None:
@@ -288,7 +291,7 @@ class RowTable:
 
     def skip(self) -> None:
         """Drop this step's gradients; the rows stay as they are."""
-        if self._ahead is not None and self._ahead.deferred_N.shape[0]:
+        if self._ahead is not None:
             self._read_deferred(self._ahead)
         self._gradient.clear()
         self._finish_step()
@@ -305,7 +308,8 @@ class RowTable:
             chunk_bytes: size of the pieces, about.
 
         Returns:
-            Tensors "CHUNK/ids" int64 [n] and "CHUNK/FIELD" fp32 [n, width].
+            Tensors "CHUNK/ids" int64 [n] and "CHUNK/FIELD" fp32 [n, width], and "CHUNK/untouched"
+            with the ids of rows that are zero.
 
         Raises:
             TableError: earlier work of the tier failed, or a snapshot is still being read.
@@ -316,7 +320,9 @@ class RowTable:
         if self._tier.device.type == "cpu":
             self._thread.check()
             # Its reads queue behind the updates under way, and those to come know of it.
-            self._snapshot = TableSnapshot(self._tier, self._thread, rows, chunk_bytes)
+            self._snapshot = TableSnapshot(
+                self._tier, self._thread, self._touched.clone(), chunk_bytes
+            )
             return self._snapshot.source(mesh.rank, mesh.world)
         fields = self._tier.views() or {}
         if buffers is not None:
@@ -369,7 +375,11 @@ class RowTable:
         self._finish_step()
         owned = OwnedRows(self.name, self.rows, self.mesh, self.layout)
         for shard in shards:
+            if "untouched" in shard:
+                self._zero(owned.untouched(shard["untouched"].cpu()))
+                continue
             local_N, fields = owned.of(shard)
+            self._touched[local_N] = True
             index_N = local_N.to(self._tier.device)
             self._thread.submit(partial(self._tier.poke, index_N, fields)).result()
         owned.require_all()
@@ -378,6 +388,42 @@ class RowTable:
     def busy_seconds(self) -> dict[str, float]:
         """Seconds that the table's own thread has worked since the start, by kind of work."""
         return dict(self._thread.seconds)
+
+    def _zero(self, local_N: Tensor) -> None:
+        """Make rows zero again; those that no step has touched are."""
+        local_N = local_N[self._touched[local_N]]
+        self._touched[local_N] = False
+        count = max(1, STATE_CHUNK_BYTES // (self.layout.columns * 4))
+        for at in range(0, local_N.shape[0], count):
+            index_N = local_N[at : at + count].to(self._tier.device)
+            fields = {
+                name: torch.zeros(index_N.shape[0], width)
+                for name, width in self.layout.widths.items()
+            }
+            self._thread.submit(partial(self._tier.poke, index_N, fields)).result()
+
+    def draw_part(self, k: int, std: float, seed: int) -> None:
+        """Draw part `k` of every row's weights from a normal distribution, alike at any world size.
+
+        Args:
+            k: 0 <= k < L.
+            std: standard deviation.
+            seed: every block of ids has a generator of its own.
+        """
+        mesh, w = self.mesh, self.width // self.parts
+        generator = torch.Generator()
+        for block, first in enumerate(range(0, self.rows, DRAW_IDS)):
+            last = min(first + DRAW_IDS, self.rows)
+            generator.manual_seed(1_000_003 * seed + block)
+            drawn = torch.randn(last - first, w, generator=generator).mul_(std)
+            ids = torch.arange(first, last)
+            mine = (ids % mesh.world == mesh.rank).nonzero()[:, 0]
+            local_N = ids[mine] // mesh.world
+            self._touched[local_N] = True
+            index_N = local_N.to(self._tier.device)
+            fields = self._thread.submit(partial(self._tier.peek, index_N)).result()
+            fields["weight"][:, k * w : (k + 1) * w] = drawn[mine].to(self._tier.device)
+            self._thread.submit(partial(self._tier.poke, index_N, fields)).result()
 
     def flush(self) -> None:
         """Wait for all reads and updates under way; raises what failed among them."""
@@ -424,8 +470,10 @@ class RowTable:
         if choice == "auto":
             choice = "compiled" if self.mesh.device.type == "cuda" else "torch"
         share = threads_per_rank(self.mesh.local_world)
-        # The thread that launches kernels and the one of the backward pass keep a core each.
-        threads = self.cfg.threads or max(1, share - 2 if share > 4 else share)
+        # Memory is what limits them, and the update has most of a step: more would only take
+        # execution units from the threads that launch the model's kernels.
+        on_gpu = self.mesh.device.type == "cuda"
+        threads = self.cfg.threads or (max(1, min(8, share // 4)) if on_gpu else share)
         kernels = row_kernels(choice, threads)
         if self.mesh.is_first:
             log.info("table %r: %s row kernels, %d threads", self.name, kernels.name, threads)
@@ -446,34 +494,71 @@ class RowTable:
             for k in range(self.parts)
         ]
 
-    def _stage(self, ids_T: Tensor) -> Staged:
-        plan, index = self._exchange.plan(ids_T)
-        self._count_ids(plan)
-        return Staged(ids_T, plan, index, plan.wanted_N.to(self._tier.device))
+    def _stage(self, ids_T: Tensor, *, defer: bool) -> Staged:
+        """Plan a micro-batch; alone, a rank does it on the tier's thread."""
+        staged = Staged(ids_T)
+        fetched = tuple(self._fetched) if defer else ()
+        staged.may_defer = bool(fetched)
+        if self.mesh.world == 1:
+            self._exchange.require(ids_T)
+            work = partial(self._plan, staged, None, fetched)
+            staged.planned = self._thread.submit(work, "plan")
+        else:
+            planned = self._exchange.plan(ids_T)
+            self._count_ids(planned[0])
+            self._plan(staged, planned, fetched)
+        return staged
+
+    def _plan(
+        self,
+        staged: Staged,
+        planned: tuple[Plan, RowIndex] | None,
+        fetched: Sequence[Staged],
+    ) -> None:
+        plan, index = planned or self._exchange.plan(staged.ids_T)
+        device = self._tier.device
+        wanted_N = plan.wanted_N.to(device)
+        rows_LNw = torch.empty(
+            (self.parts, wanted_N.shape[0], self.width // self.parts),
+            dtype=self.dtype,
+            device=device,
+            pin_memory=self._pinned,
+        )
+        staged.fill(plan, index, wanted_N, rows_LNw)
+        if fetched:
+            touched = torch.cat([batch.wanted_N for batch in fetched])
+            staged.deferred_N = torch.isin(wanted_N, touched).nonzero()[:, 0]
 
     def _read(self, staged: Staged, kind: str) -> None:
         """Have all rows of a batch read but those deferred."""
-        wanted = staged.wanted_N.shape[0]
-        rows = staged.rows_LNw = torch.empty(
-            (self.parts, wanted, self.width // self.parts),
-            dtype=self.dtype,
-            device=self._tier.device,
-            pin_memory=self._pinned,
-        )
-        places_N = None
-        if staged.deferred_N.shape[0]:
-            kept = torch.ones(wanted, dtype=torch.bool, device=rows.device)
-            kept[staged.deferred_N] = False
-            places_N = kept.nonzero()[:, 0]
-        # Rows of the step under way must not leave a cache for those of the next.
-        held_N = torch.cat(self._fetched) if self._fetched else None
-        self._thread.submit(partial(self._gather, staged, places_N, staged.gate, held_N), kind)
+        staged.reading = True
+        fetched, gate = tuple(self._fetched), staged.gate
+
+        def work() -> None:
+            places_N, held_N = None, None
+            if staged.deferred_N.shape[0]:
+                kept = torch.ones_like(staged.wanted_N, dtype=torch.bool)
+                kept[staged.deferred_N] = False
+                places_N = kept.nonzero()[:, 0]
+            if fetched:
+                # Rows of the step under way must not leave a cache for those of the next.
+                held_N = torch.cat([batch.wanted_N for batch in fetched])
+            self._gather(staged, places_N, gate, held_N)
+
+        self._thread.submit(work, kind)
 
     def _read_deferred(self, staged: Staged) -> None:
         """Have the deferred rows read now, as no update will write them."""
-        places_N, staged.deferred_N = staged.deferred_N, staged.deferred_N[:0]
+        if not staged.may_defer:
+            return
+        staged.may_defer = False
         gate = staged.gate = Gate()
-        self._thread.submit(partial(self._gather, staged, places_N, gate), "read")
+
+        def work() -> None:
+            places_N, staged.deferred_N = staged.deferred_N, staged.deferred_N[:0]
+            self._gather(staged, places_N, gate)
+
+        self._thread.submit(work, "read")
 
     def _gather(
         self,
@@ -484,7 +569,6 @@ class RowTable:
     ) -> None:
         """Read rows at `places_N` of a batch (None is all); on the tier's thread."""
         rows_LNw = staged.rows_LNw
-        assert rows_LNw is not None
         wanted_N = staged.wanted_N if places_N is None else staged.wanted_N[places_N]
         for at in range(0, wanted_N.shape[0], self._tier.chunk_rows):
             part = slice(at, at + self._tier.chunk_rows)
@@ -529,7 +613,7 @@ class RowTable:
                 clock = tick(rule, self._tier.fields["steps"], slots)
             for k, view in enumerate(self._views):
                 out = None
-                if ahead is not None and ahead.rows_LNw is not None and places_P is not None:
+                if ahead is not None and places_P is not None:
                     out = Transport(ahead.rows_LNw[k], places_P[part])
                 grad = part_of(k)[part]
                 self._kernels.step(rule, slots, view, clock, grad, None, out)

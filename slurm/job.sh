@@ -39,7 +39,7 @@ preflight() {
   attended on_nodes "$log-node%n.log" 0 timeout --kill-after=10 "${TINY_ONN_PREFLIGHT_SECONDS:-300}" \
     "$PYTHON" -m launcher preflight "${ARGUMENTS[@]}"
   if [[ -n $ENDING ]]; then return; fi
-  bad=$(on_first_node "$PYTHON" -m launcher preflight --judge "$RUN/logs" "$TINY_ONN_TRY") || status=$?
+  bad=$(on_first_node "$PYTHON" -m launcher.preflight_judge "$RUN/logs" "$TINY_ONN_TRY") || status=$?
   case $status in
   0) ;;
   3) queue_again_within_budget "the pre-flight failed through no single node's fault" ;;

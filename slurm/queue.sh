@@ -139,12 +139,15 @@ queue_again_within_budget() {
 # forbidden and nobody asked for the end, a successor goes on.
 after_cancellation() {
   local reason
-  # The state itself only says COMPLETING until this script has ended.
-  reason=$(job_field Reason)
-  if [[ -n $(job_field PreemptTime) ]]; then reason=preempted; fi
-  say "cancelled or preempted at committed step $(committed_step)${reason:+ ($reason)}"
-  if [[ $(job_field Requeue) == 0 && $reason =~ ^(NodeDown|preempted)$ ]] && ! waiting_successor >/dev/null; then
-    submit_successor || say "could not submit a successor; to go on: sbatch [options] $SCRIPT ${ARGUMENTS[*]}"
+  # Slurm kills this script soon: what is sure comes first.
+  say "cancelled or preempted at committed step $(committed_step)"
+  if [[ $(job_field Requeue) == 0 ]]; then
+    # The state itself only says COMPLETING until this script has ended.
+    reason=$(job_field Reason)
+    if [[ -n $(job_field PreemptTime) ]]; then reason=preempted; fi
+    if [[ $reason =~ ^(NodeDown|preempted)$ ]] && ! waiting_successor >/dev/null; then
+      submit_successor || say "could not submit a successor; to go on: sbatch [options] $SCRIPT ${ARGUMENTS[*]}"
+    fi
   fi
   exit 143
 }

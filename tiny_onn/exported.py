@@ -26,6 +26,7 @@ from typing import Any
 import jsonargparse
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -125,7 +126,7 @@ def load_exported(
         state = load_file(folder / WEIGHTS)
         # What is tied is saved once.
         missing, unknown = model.load_state_dict(state, strict=False)
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, SafetensorError) as e:
         raise ExportError(f"{folder / WEIGHTS}: cannot be loaded: {e}") from e
     shared = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {
         n for n, _ in model.named_parameters()

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kernels import Documents
-from kernels.rows import RowIndex
+from kernels.rows import RowIndex, gather_rows
 from parallel.group_exchange import GroupExchange
 from tiny_onn.activations import Activations, Checkpointing, checkpointing_of
 from tiny_onn.attention import Attention, AttentionConfig, Cache
@@ -40,6 +40,9 @@ class ModelConfig:
         width: residual width C.
         layers: blocks L.
         tie_embeddings: input embedding and output head share one matrix.
+        embedding_partition: "zero3" (the input embedding is a parameter like any other) or "rows"
+            (it stands in front of DeepEmbed's in the token's row, with the tier, optimizer and
+            learning rate of `deepembed`; untied, and not with deepembed.kind hidden).
         norm_eps: epsilon of every RMSNorm.
         init_std: standard deviation of the initial weights of embedding and head.
         loss_chunk: tokens whose logits exist at once in the chunked cross entropy.
@@ -51,6 +54,7 @@ class ModelConfig:
     width: int = 256
     layers: int = 4
     tie_embeddings: bool = True
+    embedding_partition: Literal["zero3", "rows"] = "zero3"
     norm_eps: float = 1e-5
     init_std: float = 0.02
     loss_chunk: int = 1024
@@ -60,8 +64,37 @@ class ModelConfig:
     deepembed: DeepEmbedConfig = field(default_factory=DeepEmbedConfig)
 
     def __post_init__(self) -> None:
-        """Give old configurations' true and false their names; raises ValueError on others."""
+        """Give old values their names; raises ValueError, naming the key, on what cannot be."""
         self.activation_checkpointing = checkpointing_of(self.activation_checkpointing)
+        if self.embedding_partition not in ("zero3", "rows"):
+            raise ValueError(
+                f"embedding_partition {self.embedding_partition!r} is none of zero3, rows"
+            )
+        if self.embedding_partition == "zero3":
+            return
+        if self.tie_embeddings:
+            raise ValueError(
+                "embedding_partition rows moves only the rows of a batch, an output head needs all "
+                "of them: set tie_embeddings: false"
+            )
+        if self.deepembed.kind == "hidden" and self.deepembed.partition == "rows":
+            raise ValueError(
+                "embedding_partition rows needs rows of equal parts: use deepembed.kind output or "
+                "off, or deepembed.partition zero3"
+            )
+
+    @property
+    def row_parts(self) -> int:
+        """Parts of a token's row in the row-partitioned table: input embedding, then layers."""
+        deepembed = self.deepembed.kind != "off" and self.deepembed.partition == "rows"
+        return (self.embedding_partition == "rows") + self.layers * deepembed
+
+    @property
+    def row_width(self) -> int:
+        """Columns of a token's row in the row-partitioned table, 0 without one."""
+        embedding = self.width * (self.embedding_partition == "rows")
+        layers = self.row_parts - (self.embedding_partition == "rows")
+        return embedding + layers * self.deepembed_width
 
     @property
     def deepembed_width(self) -> int:
@@ -163,7 +196,11 @@ class TinyOnn(nn.Module):
             raise ValueError("model.vocab_size must be set (0 is resolved from the corpus first)")
         self.cfg = cfg
         self.exchange = exchange
-        self.embedding = TokenEmbedding(cfg.vocab_size, cfg.width, cfg.init_std)
+        self.embedding = (
+            TokenEmbedding(cfg.vocab_size, cfg.width, cfg.init_std)
+            if cfg.embedding_partition == "zero3"
+            else None
+        )
         self.deepembed_table = (
             DeepEmbedTable(cfg.vocab_size, cfg.layers * cfg.deepembed_width, cfg.deepembed)
             if cfg.deepembed.kind != "off" and cfg.deepembed.partition == "zero3"
@@ -175,7 +212,7 @@ class TinyOnn(nn.Module):
             cfg.vocab_size,
             cfg.width,
             cfg.init_std,
-            self.embedding.weight if cfg.tie_embeddings else None,
+            self.embedding.weight if self.embedding is not None and cfg.tie_embeddings else None,
             cfg.loss_chunk,
         )
 
@@ -197,8 +234,9 @@ class TinyOnn(nn.Module):
             labels_T: next-token ids with -100 where there is none, int64 [T]; None asks for logits.
             docs: document boundaries of the whole sequence; None with caches.
             loss_scale: fp32 0-dim, d(loss for backward)/d(nll of one token), averaging included.
-            layers: DeepEmbed rows of the batch's unique ids, [U, W] of each layer, asked for one
-                after another as the layers come (`rows` partition only).
+            layers: the parts of the rows of the batch's unique ids that are in a row-partitioned
+                table, [U, W] each: the input embedding, then DeepEmbed's layers. Asked for one
+                after another as they are used.
             index: which of the U rows each token uses.
             caches: one per layer for decoding; ids_T then holds one token.
 
@@ -220,17 +258,14 @@ class TinyOnn(nn.Module):
                     f"{docs.total} in all"
                 )
             positions_T = docs.positions[first:stop]
-        if self.deepembed_table is not None:
-            values_UW, index = self.deepembed_table(ids_T)
-            layers = split_layers(values_UW, self.cfg.layers)
-        if self.cfg.deepembed.kind != "off" and layers is None:
-            raise ValueError("this model has a DeepEmbed table: pass layers and index")
-        x_TC = self.embedding(ids_T)
+        x_TC, layers, index = self._rows_of(ids_T, layers, index)
+        # DeepEmbed's layers stand behind the input embedding where both are in one row.
+        first_layer = int(self.embedding is None and self.deepembed_table is None)
         attention = self.cfg.attention
         cos_TD, sin_TD = rope_tables(positions_T, attention.rope_dim, attention.rope_theta)
         activations = Activations(checkpointing_of(self.cfg.activation_checkpointing))
         for i, block in enumerate(self.blocks):
-            values_UW = layers[i] if layers is not None else None
+            values_UW = layers[first_layer + i] if layers is not None else None
             inputs = (cos_TD, sin_TD, docs, loss_scale, values_UW, index, first)
             if caches is not None:
                 x_TC = block(x_TC, *inputs, caches[i])
@@ -242,6 +277,24 @@ class TinyOnn(nn.Module):
             return logits_TV
         nll_sum = self.head(x_TC, labels_T)
         return ModelOutput(nll_sum * loss_scale, nll_sum.detach())
+
+    def _rows_of(
+        self, ids_T: Tensor, layers: Sequence[Tensor] | None, index: RowIndex | None
+    ) -> tuple[Tensor, Sequence[Tensor] | None, RowIndex | None]:
+        """Return the embedded tokens, and DeepEmbed's rows with the index of their tokens."""
+        if self.cfg.row_parts and (layers is None or index is None):
+            raise ValueError("this model has a row-partitioned table: pass layers and index")
+        if self.embedding is not None:
+            x_TC: Tensor = self.embedding(ids_T)
+        else:
+            assert layers is not None and index is not None
+            x_TC = gather_rows(layers[0], index)
+        if self.deepembed_table is not None:
+            values_UW, index = self.deepembed_table(ids_T)
+            layers = split_layers(values_UW, self.cfg.layers)
+        elif self.cfg.deepembed.kind == "off":
+            layers = None
+        return x_TC, layers, index
 
     def new_caches(self) -> list[Cache]:
         """Return an empty decoding cache for every layer."""

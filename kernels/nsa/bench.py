@@ -102,14 +102,13 @@ def stages(  # noqa: PLR0915  (a list of launches)
     def forward_window() -> Tensor:
         return interval_forward(q, kw, vw, seen[0], seen[1], lse[1], scale, configs.window_forward)
 
-    window = forward_window()
-
-    def forward_finish() -> tuple[Tensor, Tensor, Tensor]:
+    def forward_finish() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return finish_forward(
-            q, ks, vs, gates, compressed, window, selected, lists, layout, spec, scale, configs
-        )
+            q, (ks, vs), (kw, vw), gates, compressed, selected, lists, lse[1], layout, spec,
+            scale, configs,
+        )  # fmt: skip
 
-    out, slc, lse_slc = forward_finish()
+    out, slc, window, lse_slc = forward_finish()
     do = torch.randn_like(out)
     delta, folded, delta_slc, folded_slc, _ = branch_deltas(
         do, compressed, slc, window, gates, lse, lse_slc, configs
@@ -125,7 +124,7 @@ def stages(  # noqa: PLR0915  (a list of launches)
     def grad_q(first: bool, second: bool, third: bool) -> None:
         for c in range(lists.n_chunks):
             interval_grad_q(
-                dq, q, do, grad.partials if third else None, selected,
+                dq, q, do, grad.partials if third else None, selected, token[0], spec.select,
                 (c * chunk, min(T, (c + 1) * chunk)), (k, v, token[2], token[3]),
                 (kw, vw, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
                 branches=(first, second),
@@ -169,9 +168,13 @@ def stages(  # noqa: PLR0915  (a list of launches)
             qs + slots / 2,
         ),
         "lists": (lambda: block_lists(keys, layout.n_blocks, chunk), 0.0, 8.0 * T * G * K),
-        "window": (forward_window, pairs_w * (D + DV), qs + os + kv),
-        "selected+merge": (forward_finish, pairs_s * (D + DV), qs + kv + (2 + 2 * K + 2) * os),
+        "selected+window+merge": (
+            forward_finish,
+            (pairs_s + pairs_w) * (D + DV),
+            2 * qs + 2 * kv + (4 + 2 * K) * os,
+        ),
         "of it selected": (forward_selected, pairs_s * (D + DV), qs + kv + K * os),
+        "window alone": (forward_window, pairs_w * (D + DV), qs + os + kv),
     }
     backward: dict[str, Stage] = {
         "delta": (
@@ -329,8 +332,9 @@ def time_case(
     table = {}
     card = torch.cuda.get_device_name()
     rate = next((x for name, x in PEAK_TBYTES.items() if name in card), PEAK_TBYTES["H100"])
-    for direction, group in zip(("forward", "backward"), stages(case), strict=True):
-        for name, (launch, flops, n_bytes) in group.items() if by_stage else ():
+    parts = stages(case) if by_stage else ({}, {})
+    for direction, group in zip(("forward", "backward"), parts, strict=True):
+        for name, (launch, flops, n_bytes) in group.items():
             ms = milliseconds(launch, rounds)
             floor = max(flops / PEAK_TFLOPS, n_bytes / rate) / 1e9
             table[f"{direction} {name}"] = {
@@ -359,6 +363,11 @@ CHECKS: tuple[dict[str, Any], ...] = (
     {"lengths": [900], "heads": 8, "groups": 1, "dim": 96},
     {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "magnitude": 3e3},
     {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "equal": True},
+    {"lengths": [1, 15, 31, 32, 33, 63, 64, 65, 127, 1000], "heads": 16, "groups": 1, "dim": 128},
+    {"lengths": [1, 63, 1500], "heads": 16, "groups": 2, "dim": 128},
+    {"lengths": [1300], "heads": 16, "groups": 1, "dim": 128, "magnitude": 3e3},
+    {"lengths": [1300], "heads": 16, "groups": 1, "dim": 64, "equal": True},
+    {"lengths": [65, 700], "heads": 12, "groups": 3, "dim": 64},
 )
 
 
@@ -371,10 +380,12 @@ def bench_attention(
     check: bool = False,
     json: str | Path | None = None,
     rounds: int = 5,
+    documents: int = 0,
 ) -> int:
     """Check (`check`) and time NSA; print a table, write everything to `json`; return an exit code.
 
-    1 when a check fails or there is no CUDA device to time on.
+    With `documents`, a pack of that many of 100 to 2,000 tokens is timed beside one sequence as
+    long. Returns 1 when a check fails or there is no CUDA device to time on.
     """
     if not torch.cuda.is_available():
         print("bench attention needs a CUDA device, and torch sees none")
@@ -398,6 +409,20 @@ def bench_attention(
         result = time_case(random_case([n], heads, groups, dim), rounds=rounds)
         results["times"].append(result)
         print_times(result)
+    if documents:
+        draw = torch.Generator().manual_seed(0)
+        pack = torch.randint(100, 2001, (documents,), generator=draw).tolist()
+        both = [
+            time_case(random_case(n, heads, groups, dim), rounds=rounds, dense=(), by_stage=False)
+            for n in (pack, [sum(pack)])
+        ]
+        for result in both:
+            print_times(result)
+        cost = [
+            sum(x["whole"]["nsa"][f"{way}_ms"] for way in ("forward", "backward")) for x in both
+        ]
+        print(f"the pack costs {cost[0] / cost[1]:.2f} of one sequence as long")
+        results["packed"] = both
     if json is not None:
         Path(json).write_text(json_module.dumps(results, indent=1))
     return int(failed)
@@ -432,6 +457,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="compare with fp64 first")
     parser.add_argument("--json", type=Path, default=None, help="write everything to this file")
     parser.add_argument("--rounds", type=int, default=5, help="timed launches of each")
+    parser.add_argument(
+        "--documents", type=int, default=0, help="also time a pack of so many documents"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

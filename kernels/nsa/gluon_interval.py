@@ -10,6 +10,8 @@ exponentials run beside a product.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
@@ -26,6 +28,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.nsa.triton_interval import LOG2_E
 
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@cache
+def tile_layout(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([rows, width], GLUON_DTYPES[dtype])
 
 
 @gluon.jit
@@ -75,7 +83,7 @@ def _producer(
 
 
 @gluon.jit
-def _softmax(
+def softmax_step(
     s, high_water, total, i, start, full_low, full_high, low, high, scale_log2, BN: gl.constexpr,
     scores: gl.constexpr,
 ):  # fmt: skip
@@ -118,7 +126,7 @@ def _consumer(  # noqa: PLR0915  (one kernel)
     s = warpgroup_mma(q, k_s.index(0).permute([1, 0]), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(empty_k.index(0), count=1)
-    p, high_water, total, _ = _softmax(
+    p, high_water, total, _ = softmax_step(
         s, high_water, total, 0, start, full_low, full_high, low, high, scale_log2, BN, scores
     )
     p16 = gl.convert_layout(p.to(dtype), operand)
@@ -131,7 +139,7 @@ def _consumer(  # noqa: PLR0915  (one kernel)
         o_next = warpgroup_mma(p16, v_s.index(old), o, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         mbarrier.arrive(empty_k.index(stage), count=1)
-        p, high_water, total, shrink = _softmax(
+        p, high_water, total, shrink = softmax_step(
             s, high_water, total, i, start, full_low, full_high, low, high, scale_log2, BN, scores
         )
         o = warpgroup_mma_wait(0, deps=(o_next,))
@@ -244,7 +252,7 @@ def interval_forward_gluon(
 def tile_descriptor(x_NGD: Tensor, rows: int) -> TensorDescriptor:
     """Describe [rows, D] tiles of x, whose heads lie side by side, to the copy engine."""
     N, G, D = x_NGD.shape
-    layout = gl.NVMMASharedLayout.get_default_for([rows, D], GLUON_DTYPES[x_NGD.dtype])
+    layout = tile_layout(rows, D, x_NGD.dtype)
     return TensorDescriptor(x_NGD, [N, G * D], [x_NGD.stride(0), 1], [rows, D], layout)
 
 

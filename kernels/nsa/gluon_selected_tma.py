@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.nsa.gluon_interval import GLUON_DTYPES, tile_descriptor
+from kernels.nsa.gluon_interval import tile_descriptor, tile_layout
 
 
 @gluon.jit
@@ -191,7 +191,7 @@ def selected_forward_tma(
 def pair_descriptor(x: Tensor, heads: int) -> TensorDescriptor:
     """Describe the rows of a (query, group) pair, or of one of its slots, of [..., D]."""
     D = x.shape[-1]
-    layout = gl.NVMMASharedLayout.get_default_for([64, D], GLUON_DTYPES[x.dtype])
+    layout = tile_layout(64, D, x.dtype)
     return TensorDescriptor(x, [x.numel() // D, D], [D, 1], [heads, D], layout)
 
 

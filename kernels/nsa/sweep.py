@@ -34,8 +34,9 @@ Plan = tuple[str, str]
 
 STAGE_OF = {
     "forward": "forward compressed",
-    "window_forward": "forward window",
-    "combine_rows": "forward selected+merge",
+    "window_forward": "forward window alone",
+    "finish": "forward selected+window+merge",
+    "combine_rows": "forward selected+window+merge",
     "piece_forward": "forward of it selected",
     "grad_q": "backward dq+merge",
     "grad_kv": "backward compressed dkv",
@@ -50,39 +51,29 @@ STAGE_OF = {
 """The stage of `bench.stages` that shows what a field of the table is worth."""
 
 VARIANTS: dict[str, tuple[Any, ...]] = {
-    "window_forward": (
-        TileConfig(64, 64, 4, 2),
-        TileConfig(128, 64, 8, 3, True),
-        TileConfig(128, 128, 8, 2, True),
-    ),
+    "finish": (TileConfig(128, 128, 8, 2), TileConfig(128, 128, 8, 3, True)),
+    "grad_q": (TileConfig(64, 64, 4, 2),),
+    "window_forward": (TileConfig(64, 64, 4, 3), TileConfig(128, 64, 8, 3, True)),
     "combine_rows": (8, 32),
-    "grad_q": tuple(TileConfig(*x) for x in ((64, 32, 4, 2), (64, 32, 4, 3))),
-    "score": tuple(
-        TileConfig(*x) for x in ((64, 128, 4, 2), (64, 128, 4, 3, True), (64, 256, 4, 2, True))
-    ),
+    "score": tuple(TileConfig(*x) for x in ((64, 128, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3))),
     "selected_forward": (
-        TileConfig(64, 64, 4, 3),
-        TileConfig(64, 64, 4, 2, True),
-        TileConfig(64, 64, 4, 4, True),
+        TileConfig(64, 64, 4, 3), TileConfig(64, 64, 4, 3, True), TileConfig(64, 64, 4, 4, True),
     ),
     "selected_backward": (TileConfig(64, 64, 4, 2), TileConfig(64, 64, 4, 2, True)),
     "forward": (TileConfig(128, 128, 8, 3), TileConfig(128, 64, 8, 3, True)),
     "grad_kv": (TileConfig(64, 128, 8, 3), TileConfig(64, 128, 8, 2, True)),
-    "window_grad_kv": (TileConfig(64, 64, 4, 2), TileConfig(64, 128, 8, 2, True)),
-    "piece_forward": (128,),
-    "piece_backward": (128, 512),
+    "window_grad_kv": (TileConfig(64, 64, 4, 2), TileConfig(64, 128, 8, 3, True)),
+    "piece_forward": (32, 128),
+    "piece_backward": (256, 1024),
     "partial_rows": (4096 * 64 * 16, 16384 * 64 * 16),
-}
+}  # fmt: skip
+
 
 GLUON = {
-    "score": TileConfig(64, 256, 4, 3, True),
-    "forward": TileConfig(128, 128, 8, 2, True),
-    "selected_forward": TileConfig(64, 64, 4, 3, True),
-    "selected_backward": TileConfig(64, 64, 4, 3, True),
-    "grad_kv": TileConfig(64, 128, 8, 3, True),
-    "window_grad_kv": TileConfig(64, 128, 8, 3, True),
+    "grad_q": TileConfig(64, 64, 4, 2, True),
+    "finish": TileConfig(128, 128, 8, 2, True),
 }
-"""Kernels in Gluon, each adopted for the rest of the sweep when it is right."""
+"""Kernels in Gluon that are not the default, each adopted for the sweep when it is right."""
 
 
 def check(configs: KernelConfigs, heads: int, groups: int, dim: int) -> list[str]:
@@ -186,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--whole", nargs="*", type=shape_of, default=[], metavar="TOKENS,HEADS,GROUPS",
         help="time all of NSA beside dense attention at these shapes, in the end",
     )  # fmt: skip
+    parser.add_argument("--stages", action="store_true", help="and every stage of them")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -196,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from kernels.nsa.bench import print_times, time_case
     from kernels.nsa.triton_check import random_case
 
-    base = triton_config.kernel_configs()
+    default = base = triton_config.kernel_configs()
     shape = (options.heads, options.groups, options.dim)
     begin = time.perf_counter()
     kinds = {
@@ -212,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for value in VARIANTS[field]:
             plans[field, str(value)] = replace(base, **{field: value})
     wrong = check_all(plans, shape, options.workers)
+    base = default if wrong["base", "base"] else base
     for key, lines in wrong.items():
         if lines:
             print(f"WRONG {key}: {'; '.join(lines)}")
@@ -226,11 +219,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {statistics.median(found):8.3f} ms  {min(found):8.3f}  {value}", flush=True)
     base = fastest(base, right, results["times"])
     print(base)
-    triton_config._HOPPER = base
     for tokens, heads, groups in options.whole:
-        whole = time_case(random_case([tokens], heads, groups, options.dim), rounds=3)
-        print_times(whole)
-        results.setdefault("whole", []).append(whole)
+        case = random_case([tokens], heads, groups, options.dim)
+        for name, configs in (("the table", default), ("the best", base)):
+            triton_config._HOPPER = configs
+            print(f"\n{name}:", end="")
+            whole = time_case(case, rounds=3, dense=("cudnn",), by_stage=options.stages)
+            print_times(whole)
+            results.setdefault("whole", []).append({"tiles": name, **whole})
     results["wrong"] = {" ".join(k): v for k, v in wrong.items() if v}
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1))

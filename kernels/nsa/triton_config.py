@@ -31,11 +31,15 @@ class KernelConfigs:
     """The tiles of every kernel.
 
     For the selected kernels BM counts rows (queries times heads of the group) and BN is
-    not used: the keys are one selected block. `piece_*` are the queries that one program serves.
+    not used: the keys are one selected block. Their Gluon kernels gather by threads with two
+    stages, by the copy engine with more. `piece_*` are the queries that one program serves.
+    `finish` is the kernel that computes the window and merges the partials; without Gluon those
+    are `window_forward` and a merge of `combine_rows` rows.
     """
 
     forward: TileConfig
     window_forward: TileConfig
+    finish: TileConfig
     grad_q: TileConfig
     grad_kv: TileConfig
     window_grad_kv: TileConfig
@@ -52,16 +56,17 @@ class KernelConfigs:
 
 
 _HOPPER = KernelConfigs(
-    forward=TileConfig(128, 128, 8, 3),
-    window_forward=TileConfig(64, 64, 4, 3),
+    forward=TileConfig(128, 128, 8, 2, gluon=True),
+    window_forward=TileConfig(128, 128, 8, 2, gluon=True),
+    finish=TileConfig(128, 128, 8, 2),
     grad_q=TileConfig(64, 64, 4, 2),
-    grad_kv=TileConfig(64, 128, 8, 3),
-    window_grad_kv=TileConfig(64, 64, 4, 2),
+    grad_kv=TileConfig(64, 128, 8, 3, gluon=True),
+    window_grad_kv=TileConfig(64, 128, 8, 2, gluon=True),
     score=TileConfig(64, 128, 4, 2),
-    selected_forward=TileConfig(64, 64, 4, 3),
-    selected_backward=TileConfig(64, 64, 4, 2),
+    selected_forward=TileConfig(64, 64, 4, 2, gluon=True),
+    selected_backward=TileConfig(64, 64, 4, 3, gluon=True),
     piece_forward=64,
-    piece_backward=256,
+    piece_backward=512,
     combine_rows=16,
     delta_rows=16,
     top_k_rows=1,
@@ -72,6 +77,7 @@ _HOPPER = KernelConfigs(
 _INTERPRETER = KernelConfigs(
     forward=TileConfig(32, 16, 1, 1),
     window_forward=TileConfig(16, 32, 1, 1),
+    finish=TileConfig(16, 32, 1, 1),
     grad_q=TileConfig(32, 16, 1, 1),
     grad_kv=TileConfig(32, 32, 1, 1),
     window_grad_kv=TileConfig(32, 16, 1, 1),

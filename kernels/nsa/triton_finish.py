@@ -1,4 +1,4 @@
-"""End of the forward: the merge of the selected partials, and the gates.
+"""End of the forward: the sliding branch, the merge of the selected partials, and the gates.
 
 Partials are merged by their log-sum-exp in slot order: everything is a sum in a fixed order.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_config import KernelConfigs, pow2
+from kernels.nsa.triton_interval import gluon_takes, interval_forward
 from kernels.nsa.triton_layout import PackedLayout
 from kernels.nsa.triton_select import BlockLists, cut_pieces
 from kernels.nsa.triton_selected import new_partials, selected_partials
@@ -95,43 +96,59 @@ def merge_forward_kernel(
 
 def finish_forward(
     q_THD: Tensor,
-    k_TGD: Tensor,
-    v_TGD: Tensor,
+    slc: tuple[Tensor, Tensor],
+    win: tuple[Tensor, Tensor],
     gates_TH3: Tensor,
     compressed_THD: Tensor,
-    window_THD: Tensor,
     selected_TGK: Tensor,
     lists: BlockLists,
+    lse_win_HT: Tensor,
     layout: PackedLayout,
     spec: NsaSpec,
     scale: float,
     configs: KernelConfigs,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gated sum of all branches, the selected branch's output and its lse [T, H].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gated sum of all branches, the selected output, the window's, and lse [T, H].
 
-    k and v are the selected branch's; the other branches come finished.
+    `slc` and `win` are keys and values [T, G, D] of those branches. The base-2 log-sum-exp of the
+    window goes to lse_win_HT, that of the selected branch is the last result.
     """
-    T, H, _ = q_THD.shape
-    G, DV = v_TGD.shape[1:]
-    K = spec.selected
+    T, H, D = q_THD.shape
+    k_slc, v_slc = slc
+    G, DV = v_slc.shape[1:]
+    K, low, high = spec.selected, layout.window[0], layout.window[1]
     pieces = cut_pieces(lists, G, layout.n_blocks, K, configs.piece_forward)
     partials = new_partials(q_THD, DV, lists, K)
-    out, slc = q_THD.new_empty(T, H, DV), q_THD.new_empty(T, H, DV)
+    out, selected = q_THD.new_empty(T, H, DV), q_THD.new_empty(T, H, DV)
     lse = torch.empty(T, H, dtype=torch.float32, device=q_THD.device)
+    together = configs.finish.gluon and D == DV and gluon_takes(q_THD, *win)
+    if together:
+        window = q_THD.new_empty(T, H, DV)
+    else:
+        window = interval_forward(q_THD, *win, low, high, lse_win_HT, scale, configs.window_forward)
     for c in range(lists.n_chunks):
         token0 = c * lists.chunk_tokens
         end = min(T, token0 + lists.chunk_tokens)
         selected_partials(
-            q_THD, k_TGD, v_TGD, partials, lists, pieces, c, layout, spec, scale, configs
+            q_THD, k_slc, v_slc, partials, lists, pieces, c, layout, spec, scale, configs
         )
+        if together:
+            from kernels.nsa.gluon_finish import launch
+
+            launch(
+                q_THD, *win, partials.part, partials.lse, gates_TH3, compressed_THD,
+                (window, selected, out), lse_win_HT, lse, layout.tokens[0], (low, high),
+                (token0, end), K, spec.select, scale, configs.finish.stages,
+            )  # fmt: skip
+            continue
         merge_forward_kernel[(triton.cdiv((end - token0) * H, configs.combine_rows),)](
             partials.part,
             partials.lse,
             selected_TGK,
             gates_TH3,
             compressed_THD,
-            window_THD,
-            slc,
+            window,
+            selected,
             lse,
             out,
             token0,
@@ -145,4 +162,4 @@ def finish_forward(
             ROWS=configs.combine_rows,
             num_warps=4,
         )
-    return out, slc, lse
+    return out, selected, window, lse

@@ -14,7 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.nsa.triton_config import TileConfig, pow2
-from kernels.nsa.triton_interval import LOG2_E, column_of, load_tile, tile_range, tile_sources
+from kernels.nsa.triton_interval import (
+    LOG2_E,
+    column_of,
+    gluon_takes,
+    load_tile,
+    tile_range,
+    tile_sources,
+)
 
 
 @triton.jit
@@ -240,6 +247,8 @@ def interval_grad_q(
     do_THD: Tensor,
     partials: Tensor | None,
     selected_TGK: Tensor,
+    start_T: Tensor,
+    select: int,
     tokens: tuple[int, int],
     compressed: tuple[Tensor, Tensor, Tensor, Tensor],
     window: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -252,7 +261,8 @@ def interval_grad_q(
 ) -> None:
     """Write to dq_THD the gradient of the tokens [begin, end) through the branches.
 
-    `partials` is `SelectedGrad.partials` of exactly these tokens, None to leave that branch out.
+    `partials` is `SelectedGrad.partials` of exactly these tokens, None to leave that branch out;
+    `start_T` the first token of every token's document, `select` the size of a selected block.
     `compressed` and `window` are (k, v, low_T, high_T); the [2, H, T] fp32 tensors hold the
     base-2 log-sum-exp folded with the gate and do . o of the compressed, then the sliding branch.
     """
@@ -260,6 +270,14 @@ def interval_grad_q(
     k1, v1, low1, high1 = compressed
     k2, v2, low2, high2 = window
     G, DV = v1.shape[1:]
+    if config.gluon and D == DV and gluon_takes(q_THD, do_THD, k1, v1, k2, v2):
+        from kernels.nsa.gluon_interval_grad_q import launch
+
+        launch(
+            dq_THD, q_THD, do_THD, partials, selected_TGK.shape[2], start_T, tokens, compressed,
+            window, lse_2HT, delta_2HT, scale, select, config.stages, branches,
+        )  # fmt: skip
+        return
     (k1s, v1s, k2s, v2s), tma = tile_sources(config.BN, k1, v1, k2, v2)
     interval_grad_q_kernel[(H, triton.cdiv(tokens[1] - tokens[0], config.BM))](
         q_THD,

@@ -70,15 +70,13 @@ def run_forward(
     compressed = interval_forward(
         q, kc, vc, layout.tokens[2], layout.tokens[3], lse[0], scale, configs.forward
     )
-    window = interval_forward(
-        q, k_win, v_win, layout.window[0], layout.window[1], lse[1], scale, configs.window_forward
-    )
     chunk = list_tokens(T, H, spec, configs)
     selected, keys = select_blocks(q, kc, lse[0], layout, spec, scale, chunk, configs)
     lists = block_lists(keys, layout.n_blocks, chunk)
-    out, slc, lse_slc = finish_forward(
-        q, k_slc, v_slc, gates, compressed, window, selected, lists, layout, spec, scale, configs
-    )
+    out, slc, window, lse_slc = finish_forward(
+        q, (k_slc, v_slc), (k_win, v_win), gates, compressed, selected, lists, lse[1], layout,
+        spec, scale, configs,
+    )  # fmt: skip
     return [
         out, compressed, slc, window, lse, lse_slc, kc, vc, selected, lists.order, lists.bounds
     ]  # fmt: skip
@@ -165,9 +163,9 @@ def run_backward(
     for c in range(lists.n_chunks):
         slc_grad.chunk(c)
         interval_grad_q(
-            dq, q, do, slc_grad.partials, selected, (c * chunk, min(T, (c + 1) * chunk)),
-            (kc, vc, token[2], token[3]), (k_win, v_win, seen[0], seen[1]),
-            folded, delta, scale, configs.grad_q,
+            dq, q, do, slc_grad.partials, selected, token[0], spec.select,
+            (c * chunk, min(T, (c + 1) * chunk)), (kc, vc, token[2], token[3]),
+            (k_win, v_win, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
         )  # fmt: skip
     dk_slc, dv_slc = slc_grad.keys_and_values()
     dk_win, dv_win = interval_grad_kv(

@@ -19,13 +19,7 @@ from torch import Tensor
 
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_config import KernelConfigs, pow2
-from kernels.nsa.triton_interval import (
-    LOG2_E,
-    column_of,
-    gluon_takes,
-    load_tile,
-    tile_sources,
-)
+from kernels.nsa.triton_interval import LOG2_E, column_of, load_tile, tile_sources
 from kernels.nsa.triton_layout import PackedLayout
 
 
@@ -205,51 +199,41 @@ def select_blocks(
     rows = min(T, configs.score_chunk)
     shape = (2 if overlap else 1, rows, G, layout.n_blocks)
     scratch = torch.empty(shape, dtype=torch.float32, device=q_THD.device)
-    gluon = tile.gluon and 128 % ratio == 0 and gluon_takes(q_THD, k_NGD, lse_HT)
     (q,), tma = tile_sources(tile.BM, q_THD)
     for chunk in range(0, T, rows):
         end = min(T, chunk + rows)
         # Blocks are dealt from the start of the pack, so later ones cannot belong to this chunk.
         reach = min(layout.n_slots, ratio * (triton.cdiv(end, spec.select) + layout.extra_blocks))
-        if gluon:
-            from kernels.nsa.gluon_select import launch_importance
-
-            launch_importance(
-                q_THD, k_NGD, lse_HT, scratch[0], scratch[-1], layout.tokens[2],
-                layout.tokens[3], scale, (chunk, end), reach, ratio, overlap, tile.BN,
-                tile.stages,
-            )  # fmt: skip
-        else:
-            importance_kernel[(triton.cdiv(reach, tile.BN), triton.cdiv(end - chunk, tile.BM), G)](
-                q,
-                k_NGD,
-                lse_HT,
-                scratch[0],
-                scratch[-1],
-                layout.tokens[2],
-                layout.tokens[3],
-                scale * LOG2_E,
-                T,
-                chunk,
-                end,
-                layout.n_blocks,
-                layout.n_slots,
-                q_THD.stride(0),
-                q_THD.stride(1),
-                k_NGD.stride(0),
-                k_NGD.stride(1),
-                G=G,
-                HG=H // G,
-                RATIO=ratio,
-                OVERLAP=overlap,
-                D=D,
-                BD=pow2(D),
-                BM=tile.BM,
-                BN=tile.BN,
-                TMA=tma,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
+        importance_kernel[(triton.cdiv(reach, tile.BN), triton.cdiv(end - chunk, tile.BM), G)](
+            q,
+            k_NGD,
+            lse_HT,
+            scratch[0],
+            scratch[-1],
+            layout.tokens[2],
+            layout.tokens[3],
+            scale * LOG2_E,
+            T,
+            chunk,
+            end,
+            layout.n_blocks,
+            layout.n_slots,
+            q_THD.stride(0),
+            q_THD.stride(1),
+            k_NGD.stride(0),
+            k_NGD.stride(1),
+            G=G,
+            HG=H // G,
+            RATIO=ratio,
+            OVERLAP=overlap,
+            D=D,
+            BD=pow2(D),
+            BM=tile.BM,
+            BN=tile.BN,
+            TMA=tma,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
         width = min(layout.longest_blocks, triton.cdiv(end, spec.select))
         top_k_kernel[(triton.cdiv((end - chunk) * G, configs.top_k_rows),)](
             scratch[0],
@@ -305,11 +289,20 @@ def block_lists(keys_TGK: Tensor, n_blocks: int, list_tokens: int) -> BlockLists
     return BlockLists(order.to(torch.int32), bounds, list_tokens, n_chunks)
 
 
+@triton.jit
+def first_piece(bounds_ptr, list0, local, SIZE: tl.constexpr):
+    """Number, in its chunk, of the first piece of list `local` of the chunk that starts at list0.
+
+    Rounding down leaves every list room for its pieces, and needs no sum over the lists before.
+    """
+    below = tl.load(bounds_ptr + list0 + local) // SIZE
+    return below - tl.load(bounds_ptr + list0) // SIZE + local
+
+
 # Sizes that change with every pack of documents must not each compile a kernel anew.
 @triton.jit(do_not_specialize=("lists_per_chunk", "most_per_chunk", "NB"))
 def pieces_kernel(
     bounds_ptr,
-    first_ptr,
     table_ptr,
     lists_per_chunk,
     most_per_chunk,
@@ -320,32 +313,27 @@ def pieces_kernel(
 ):
     """Row (chunk, number) of the table: begin, end, block and 2 * group + (the list's only piece).
 
-    The list is the last of the chunk whose first piece is at most the row's; begin = end = 0 for
-    rows beyond the chunk's pieces.
+    Numbers without a piece have an end that is not above their begin.
     """
     chunk = tl.program_id(1)
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     list0 = chunk * lists_per_chunk
-    piece = tl.load(first_ptr + list0) + number
-    real = piece < tl.load(first_ptr + list0 + lists_per_chunk)
     low = tl.zeros((ROWS,), tl.int32)
     high = tl.zeros((ROWS,), tl.int32) + lists_per_chunk
     for _ in range(STEPS):
         middle = (low + high) // 2
-        left = tl.load(first_ptr + list0 + middle, mask=real, other=0) <= piece
+        left = first_piece(bounds_ptr, list0, middle, SIZE) <= number
         low = tl.where(left, middle, low)
         high = tl.where(left, high, middle)
-    owner = list0 + low
-    first = tl.load(first_ptr + owner, mask=real, other=0)
-    alone = tl.load(first_ptr + owner + 1, mask=real, other=0) - first == 1
-    begin = tl.load(bounds_ptr + owner, mask=real, other=0) + (piece - first) * SIZE
-    end = tl.minimum(begin + SIZE, tl.load(bounds_ptr + owner + 1, mask=real, other=0))
+    start = tl.load(bounds_ptr + list0 + low)
+    stop = tl.load(bounds_ptr + list0 + low + 1)
+    begin = start + (number - first_piece(bounds_ptr, list0, low, SIZE)) * SIZE
     at = table_ptr + (chunk * most_per_chunk + number) * 4
     inside = number < most_per_chunk
-    tl.store(at, tl.where(real, begin, 0), mask=inside)
-    tl.store(at + 1, tl.where(real, end, 0), mask=inside)
+    tl.store(at, begin, mask=inside)
+    tl.store(at + 1, tl.minimum(begin + SIZE, stop), mask=inside)
     tl.store(at + 2, low % NB, mask=inside)
-    tl.store(at + 3, low // NB * 2 + alone.to(tl.int32), mask=inside)
+    tl.store(at + 3, low // NB * 2 + (stop - start <= SIZE).to(tl.int32), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -354,27 +342,25 @@ class Pieces:
 
     Attributes:
         table: int32 [chunks * most_per_chunk, 4], see `pieces_kernel`.
-        first: int32 [lists + 1], first piece of each list.
         most_per_chunk: host bound on the pieces of a chunk: surplus programs leave at once.
+        size: of a piece.
     """
 
     table: Tensor
-    first: Tensor
     most_per_chunk: int
+    size: int
 
 
 def cut_pieces(lists: BlockLists, groups: int, n_blocks: int, slots: int, size: int) -> Pieces:
     """Cut every list into pieces of at most `size` queries without reading anything back."""
-    counts = lists.bounds.diff()
-    first = torch.zeros_like(lists.bounds)
-    torch.cumsum((counts + (size - 1)) // size, 0, dtype=torch.int32, out=first[1:])
     entries = min(lists.order.numel(), lists.chunk_tokens * groups * slots)
-    most_per_chunk = entries // size + min(groups * n_blocks, entries)
-    table = torch.empty(lists.n_chunks * most_per_chunk, 4, dtype=torch.int32, device=first.device)
+    most_per_chunk = entries // size + 1 + groups * n_blocks
+    table = torch.empty(
+        lists.n_chunks * most_per_chunk, 4, dtype=torch.int32, device=lists.order.device
+    )
     rows = 128
     pieces_kernel[(triton.cdiv(most_per_chunk, rows), lists.n_chunks)](
         lists.bounds,
-        first,
         table,
         groups * n_blocks,
         most_per_chunk,
@@ -384,4 +370,4 @@ def cut_pieces(lists: BlockLists, groups: int, n_blocks: int, slots: int, size: 
         ROWS=rows,
         num_warps=4,
     )
-    return Pieces(table, first, most_per_chunk)
+    return Pieces(table, most_per_chunk, size)

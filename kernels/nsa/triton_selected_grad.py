@@ -21,7 +21,7 @@ from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_config import KernelConfigs, pow2
 from kernels.nsa.triton_interval import LOG2_E
 from kernels.nsa.triton_layout import PackedLayout
-from kernels.nsa.triton_select import BlockLists, cut_pieces
+from kernels.nsa.triton_select import BlockLists, cut_pieces, first_piece
 from kernels.nsa.triton_selected import entries, gluon_takes, load_rows, offsets
 
 
@@ -193,11 +193,12 @@ def selected_backward_kernel(
 def merge_grad_kv_kernel(
     part_ptr,
     sum_ptr,
-    first_ptr,
+    bounds_ptr,
     block_ptr,
     list0,
     NB,
     G: tl.constexpr,
+    SIZE: tl.constexpr,
     SELECT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -206,10 +207,10 @@ def merge_grad_kv_kernel(
     """Add the pieces of a list of several, in order, to what earlier chunks of queries left."""
     block = tl.program_id(0)
     group = tl.program_id(1)
-    owner = list0 + group * NB + block
-    base = tl.load(first_ptr + list0)
-    low = tl.load(first_ptr + owner) - base
-    high = tl.load(first_ptr + owner + 1) - base
+    local = group * NB + block
+    count = tl.load(bounds_ptr + list0 + local + 1) - tl.load(bounds_ptr + list0 + local)
+    low = first_piece(bounds_ptr, list0, local, SIZE)
+    high = low + tl.cdiv(count, SIZE)
     key = tl.load(block_ptr + block) + tl.arange(0, SELECT)
     own = key < tl.load(block_ptr + NB + block)
     d = tl.arange(0, BD)
@@ -297,11 +298,12 @@ class SelectedGrad:
             merge_grad_kv_kernel[(NB, G)](
                 source,
                 total,
-                pieces.first,
+                self._lists.bounds,
                 layout.blocks,
                 c * G * NB,
                 NB,
                 G=G,
+                SIZE=pieces.size,
                 SELECT=spec.select,
                 D=width,
                 BD=pow2(width),

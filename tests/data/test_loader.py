@@ -337,6 +337,47 @@ def test_a_moved_corpus_is_the_same_corpus(
     assert re.fullmatch("[0-9a-f]{64}", other.corpus.index.identity)
 
 
+def flip(shard: Path) -> None:
+    """Turn a bit around in the middle of a file."""
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+
+
+def test_a_flipped_bit_is_found_before_a_sample_of_the_shard_is_used(
+    copied: Path, open_loader: Loaders
+) -> None:
+    loader = open_loader(copied)
+    for shard in (copied / "train").glob("*.mds"):
+        flip(shard)
+    with pytest.raises(DataError, match=r"(?s)shard\.\d+\.mds is damaged: SHA-256 .*data build"):
+        loader.next_step()
+
+
+def test_a_shard_that_changes_under_a_running_run_stops_it(
+    copied: Path, open_loader: Loaders
+) -> None:
+    loader = open_loader(copied)
+    state = loader.state_dict()
+    expected = ids(loader.next_step())
+    for shard in (copied / "train").glob("*.mds"):
+        # Touched, and the same: no harm done.
+        shard.write_bytes(shard.read_bytes())
+    cursor = loader.state_dict()
+    ids(loader.next_step())
+    for shard in (copied / "train").glob("*.mds"):
+        flip(shard)
+    assert loader.peek_step() is not None
+    with pytest.raises(DataError, match="it was intact when this run first read it"):
+        loader.next_step()
+    assert loader.state_dict()["steps"] == cursor["steps"] + 1
+    for shard in (copied / "train").glob("*.mds"):
+        flip(shard)
+    again = open_loader(copied)
+    again.load_state_dict(state)
+    assert ids(again.next_step()) == expected
+
+
 def test_staged_shards_are_copied_to_the_nodes_disk_and_checked(
     corpus: Path, tmp_path: Path, open_loader: Loaders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,9 +389,7 @@ def test_staged_shards_are_copied_to_the_nodes_disk_and_checked(
         assert ids(staged.next_step()) == ids(local.next_step())
     assert list((tmp_path / "disk" / "cache").glob("*/train/run0/*.mds"))
     for shard in (shared / "train").glob("*.mds"):
-        content = bytearray(shard.read_bytes())
-        content[len(content) // 2] ^= 1
-        shard.write_bytes(bytes(content))
+        flip(shard)
     bad = open_loader(shared, stage=True, cache=str(tmp_path / "other"))
     with pytest.raises(DataError, match=r"Checksum failure: .*shard\.\d+\.mds"):
         bad.next_step()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from data import patient
 from data.index import DataError, read_index
 from data.report import inspect, verify
 from data.stored import open_corpus
@@ -38,6 +45,92 @@ class Store:
 
     def put(self, name: str, content: bytes) -> None:
         self.client.put_object(Bucket=BUCKET, Key=name, Body=content)
+
+
+class Flaky:
+    """A way to the store that can be cut, or answer with errors, for so many requests."""
+
+    def __init__(self, endpoint: str) -> None:
+        flaky = self
+        self.mode = ""
+        self.bad = 0
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if flaky.bad == 0:
+                    self._forward()
+                    return
+                flaky.bad -= 1
+                if flaky.mode == "errors":
+                    self.send_error(503)
+                else:
+                    self.connection.close()
+
+            do_HEAD = do_GET
+
+            def _forward(self) -> None:
+                headers = {k: v for k, v in self.headers.items() if k.lower() != "host"}
+                asked = Request(endpoint + self.path, headers=headers, method=self.command)
+                try:
+                    answer = urlopen(asked)
+                except HTTPError as e:
+                    answer = e
+                with answer:
+                    self.send_response(answer.status)
+                    for name, value in answer.headers.items():
+                        if name.lower() not in ("connection", "date", "server"):
+                            self.send_header(name, value)
+                    self.send_header("Connection", "close")
+                    self.end_headers()
+                    self.wfile.write(answer.read())
+
+            def log_message(self, format: str, *args: object) -> None:
+                return
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def flaky(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
+    flaky = Flaky(os.environ["S3_ENDPOINT_URL"])
+    monkeypatch.setenv("S3_ENDPOINT_URL", flaky.endpoint)
+    # botocore's own attempts, which come before ours, take a few seconds each time.
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(patient, "FIRST_PAUSE", 0.2)
+    yield flaky
+    flaky.server.shutdown()
+
+
+@pytest.mark.parametrize("mode", ["errors", "away"])
+def test_a_store_that_fails_for_a_while_costs_only_time(
+    store: Store, flaky: Flaky, corpus: Path, tmp_path: Path, open_loader: Loaders, mode: str
+) -> None:
+    address = store.upload(corpus, f"flaky-{mode}")
+    local = open_loader(corpus)
+    flaky.mode, flaky.bad = mode, 3
+    remote = open_loader(address, cache=str(tmp_path / "cache"), patience=20)
+    assert flaky.bad == 0
+    flaky.bad = 3
+    for _ in range(3):
+        assert ids(remote.next_step()) == ids(local.next_step())
+    assert flaky.bad == 0
+
+
+def test_a_store_that_stays_away_stops_the_reading_and_is_named(
+    store: Store, flaky: Flaky, corpus: Path, tmp_path: Path, open_loader: Loaders
+) -> None:
+    address = store.upload(corpus, "gone")
+    loader = open_loader(address, cache=str(tmp_path / "cache"), patience=1)
+    flaky.mode, flaky.bad = "away", 10**9
+    start = time.monotonic()
+    # What is read ahead is no error before its turn comes.
+    with pytest.raises(DataError, match=r"gone/train cannot be read: .*data\.patience is 1 s"):
+        loader.next_step()
+    assert 1 < time.monotonic() - start < 30
+    with pytest.raises(DataError, match=r"cannot fetch .*data\.patience is 1 s"):
+        open_loader(address, cache=str(tmp_path / "other"), patience=1)
 
 
 @pytest.fixture(scope="module")

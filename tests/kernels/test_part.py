@@ -68,7 +68,7 @@ def test_what_a_part_sees_begins_with_its_first_document_and_ends_with_its_last_
 @pytest.mark.gpu
 def test_parts_on_a_gpu_equal_the_whole() -> None:
     spec = NsaSpec(selected=4, window=64)
-    case = random_case((300, 20, 900), spec, D=64, E=64, dtype=torch.bfloat16).to("cuda")
+    case = random_case((300, 20, 900), spec, D=64, E=64, dtype=torch.bfloat16).to("cuda:0")
     q, kc, vc, ks, vs, kw, vw, phi_k, phi_v, gates, docs, _ = case.call
     for first, stop in ((0, 610), (610, 1220)):
         rows = slice(first, stop)

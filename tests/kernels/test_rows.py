@@ -16,6 +16,7 @@ from kernels.rows import (
     segment_sum,
     split_layers,
     unique_ids,
+    unique_index,
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,6 +33,16 @@ def test_unique_ids_are_sorted_and_invertible():
     unique, inverse = unique_ids(ids)
     assert unique.tolist() == [0, 2, 7, 9]
     assert torch.equal(unique[inverse], ids)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 500])
+def test_one_sort_gives_unique_ids_and_index(tokens):
+    ids = zipf_ids(tokens, 90)
+    unique, inverse = unique_ids(ids)
+    ours, index = unique_index(ids)
+    assert torch.equal(ours, unique)
+    for a, b in zip(index, row_index(inverse, unique.shape[0]), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_row_index_keeps_token_order_within_a_row():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,22 @@ def tokens() -> Tensor:
     return torch.randint(512, (64,), generator=torch.Generator().manual_seed(3))
 
 
+def trainer_of(mesh: Mesh, path: Path, overrides: Sequence[str] = ()) -> Trainer:
+    """Do what `tiny-onn pretrain` does until training begins."""
+    cfg = pretrain.resolved(config.load(path, list(overrides)))
+    folder = RunFolder(Path(cfg.runs) / cfg.name).create()
+    pretrain.agree_with_saved(cfg, folder)
+    dist.barrier()
+    if mesh.is_first:
+        config.save(cfg, folder.config)
+
+    def placed(group: int = 1) -> Mesh:
+        return dataclasses.replace(mesh, data=mesh.world // group, group=group)
+
+    with mock.patch("launcher.components.init_mesh", placed):
+        return Trainer(cfg, folder)
+
+
 def trained(
     mesh: Mesh, path: Path, overrides: Sequence[str] = (), stop_at: int = 0
 ) -> dict[str, Any]:
@@ -35,16 +52,10 @@ def trained(
 
     Returns:
         The ids of the samples of each step over all ranks ("samples"), and fp32 logits of
-        `tokens()` in documents of LENGTHS by the run's own model ("logits").
+        `tokens()` in documents of LENGTHS by the run's own model ("logits"; None where ranks share
+        a sequence).
     """
-    cfg = pretrain.resolved(config.load(path, list(overrides)))
-    folder = RunFolder(Path(cfg.runs) / cfg.name).create()
-    pretrain.agree_with_saved(cfg, folder)
-    dist.barrier()
-    if mesh.is_first:
-        config.save(cfg, folder.config)
-    with mock.patch("launcher.components.init_mesh", lambda *_, **__: mesh):
-        trainer = Trainer(cfg, folder)
+    trainer = trainer_of(mesh, path, overrides)
     c, samples = trainer.c, []
     original = c.loader.next_step
 
@@ -62,6 +73,10 @@ def trained(
         stack.enter_context(mock.patch.object(c.loader, "next_step", next_step))
         stack.enter_context(mock.patch.object(c.stop, "requested", requested))
         assert trainer.train() == ("stopped" if stop_at else "done")
+    if c.mesh.group > 1:
+        # Its ranks have parts of a sequence only.
+        c.close()
+        return {"samples": samples, "logits": None}
     ids_T = tokens()
     rows = c.fetch_rows(ids_T)
     with evaluating(c):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launcher import hang_watch
 from launcher.beats import BeatBoard
@@ -115,6 +116,30 @@ dist.all_reduce(torch.ones(3))
     assert "rank 1 on" in said and "process is stopped by a signal" in said
     assert "the others wait in gloo:all_reduce of [[3]]" in said
     assert "in stops" in report
+
+
+@pytest.mark.gpu
+def test_on_nccl_the_report_names_the_late_rank_and_the_collective(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    code = """
+torch.cuda.set_device(rank)
+group = dist.new_group(backend="nccl")
+ones = torch.ones(16, device="cuda")
+for step in range(4, 6):
+    dist.all_reduce(ones, group=group)
+    torch.cuda.synchronize()
+    dog.beat(step)
+if rank == 1:
+    read_a_shard()
+dist.all_reduce(ones[:5], group=group)
+torch.cuda.synchronize()
+"""
+    said, report = hang(tmp_path, code, 2, capfd)
+    assert "rank 1 on" in said and "is late: has not begun nccl:all_reduce" in said, report
+    assert "read_a_shard" in report
 
 
 def test_a_rank_that_holds_the_interpreter_lock_is_ended_and_has_its_stacks(

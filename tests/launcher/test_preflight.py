@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
 import socket
 import threading
 from dataclasses import asdict
@@ -145,6 +148,36 @@ def test_the_environment_of_the_ranks_has_no_secrets_and_no_places() -> None:
         LaunchConfig(environment={"AWS_SECRET_ACCESS_KEY": "x"})
     with pytest.raises(RunError, match="MASTER_PORT, which the launcher sets"):
         LaunchConfig(environment={"MASTER_PORT": 1})
+
+
+def gpu_node(node: int, port: int, path: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(node)
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
+    report = Report(node, NAMES[node], doing="")
+    place = Rendezvous(2, node, "127.0.0.1", port)
+    check_network(place, report, ["gloo", "nccl"])
+    Path(path).write_text(json.dumps(asdict(report)))
+
+
+@pytest.mark.gpu
+def test_two_gpus_all_reduce_over_nccl(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    port, spawn = free_port(), multiprocessing.get_context("spawn")
+    paths = [tmp_path / f"{node}.json" for node in (0, 1)]
+    nodes = [spawn.Process(target=gpu_node, args=(n, port, str(paths[n]))) for n in (0, 1)]
+    for process in nodes:
+        process.start()
+    for process in nodes:
+        process.join(120)
+        assert process.exitcode == 0
+    for path in paths:
+        report = json.loads(path.read_text())
+        assert set(report["links"].values()) == {""}
+        assert report["gigabytes_per_s"]["nccl"] > 0
+        print(report["gigabytes_per_s"])
 
 
 @pytest.mark.gpu

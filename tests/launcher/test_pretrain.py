@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from safetensors.torch import load_file
 
 from data.loader import PackedLoader
 from launcher.config import load
-from tests.launcher.tiny import finish, rows, tiny_config, tiny_corpus, tiny_onn
+from tests.launcher.tiny import REPOSITORY, finish, rows, tiny_config, tiny_corpus, tiny_onn
 
 EXACT = ("loss", "grad_norm", "lr", "tokens", "sample_cursor", "bits_per_byte")
 
@@ -73,6 +77,110 @@ def test_table_numbers_are_those_of_all_ranks(reference: Path) -> None:
         assert row["tables"]["prefetch_misses"] == 0 or row["step"] == 1
     loader.close()
     assert json.loads((reference / "heartbeat").read_text())["step"] == 12
+
+
+def test_a_shard_that_changes_stops_the_run_with_a_checkpoint_and_mended_it_goes_on(
+    reference: Path, corpus: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    path, run = tiny_config(tmp_path, copy), tmp_path / "runs" / "tiny"
+    process = tiny_onn("pretrain", path, "--checkpoint.every", "100")
+    deadline = time.monotonic() + 240
+    while len(rows(run)) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None, finish(process)[1]
+        time.sleep(0.01)
+    shards = list((copy / "train").glob("*.mds"))
+    good = [shard.read_bytes() for shard in shards]
+    for shard, content in zip(shards, good, strict=True):
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    code, output = finish(process)
+    assert code == 1
+    assert "is damaged: SHA-256" in output
+    done = len(rows(run))
+    assert f"stopped after step {done}; a checkpoint of step {done} is kept" in output
+    assert (run / "checkpoints" / f"step-{done:08}" / "COMMITTED").exists()
+    for shard, content in zip(shards, good, strict=True):
+        shard.write_bytes(content)
+    code, output = finish(tiny_onn("pretrain", path))
+    assert code == 0, output
+    _assert_same_run(run, reference)
+
+
+def test_every_checkpoint_is_evaluated_once_beside_the_run(reference: Path) -> None:
+    results = reference / "evaluation" / "evaluation.jsonl"
+    for _ in range(2):
+        code, output = finish(tiny_onn("eval", reference, "--follow"))
+        assert code == 0, output
+        assert "every committed checkpoint is evaluated" in output
+        found = [json.loads(line) for line in results.read_text().splitlines()]
+        assert [r["step"] for r in found] == [4, 8, 12]
+    last = json.loads((reference / "validation.jsonl").read_text().splitlines()[-1])
+    assert (found[-1]["loss"], found[-1]["labels"]) == (last["loss"], last["labels"])
+    assert list((reference / "evaluation" / "tensorboard").glob("events.out.tfevents.*"))
+    assert not (reference / "evaluation" / "held").exists()
+
+
+def mount(options: str, folder: Path) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    subprocess.run(command, check=True, timeout=30)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, as root")
+def test_a_full_disk_and_a_read_only_one_are_told_and_mended_the_run_goes_on(
+    reference: Path, corpus: Path, tmp_path: Path
+) -> None:
+    path, run = tiny_config(tmp_path, corpus), tmp_path / "runs" / "tiny"
+    checkpoint = reference / "checkpoints" / "step-00000004"
+    one = sum(p.stat().st_size for p in checkpoint.iterdir())
+    run.parent.mkdir()
+    # Room for one checkpoint and a half.
+    mount(f"size={one * 3 // 2 + 2**20}", run.parent)
+    try:
+        code, output = finish(tiny_onn("pretrain", path))
+        assert code == 1, output
+        assert "No space left on device" in output and "bytes free there" in output
+        assert f"{run}/checkpoints/step-00000008" in output
+        assert (run / "checkpoints" / "step-00000004" / "COMMITTED").exists()
+        mount("remount,ro", run.parent)
+        code, output = finish(tiny_onn("pretrain", path))
+        assert code == 1
+        assert "Read-only file system" in output and str(run) in output
+        assert "Traceback" not in output
+        mount(f"remount,rw,size={100 * one}", run.parent)
+        code, output = finish(tiny_onn("pretrain", path))
+        assert code == 0, output
+        assert "resuming from step 4" in output
+        _assert_same_run(run, reference)
+    finally:
+        subprocess.run(["umount", str(run.parent)], check=True, timeout=30)
+
+
+def test_a_taken_port_is_told_before_ranks_start(corpus: Path, tmp_path: Path) -> None:
+    path = tiny_config(tmp_path, corpus)
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        process = subprocess.Popen(
+            ["bash", "slurm/pretrain.sh", str(path)],
+            cwd=REPOSITORY,
+            env={
+                **{k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
+                "TINY_ONN_PYTHON": sys.executable,
+                "NNODES": "2",
+                "NODE_RANK": "0",
+                "MASTER_ADDR": socket.gethostname(),
+                "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        code, output = finish(process)
+    assert code == 1
+    assert f"port {port} of" in output
+    assert f"is taken by process {os.getpid()}" in output
+    assert not list((tmp_path / "runs" / "tiny" / "logs").glob("*-rank*.log"))
 
 
 def test_a_second_call_says_that_the_run_is_done(reference: Path) -> None:

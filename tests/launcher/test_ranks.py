@@ -89,12 +89,15 @@ def test_ranks_get_torchruns_environment_and_rank_0_is_shown(
     places = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
     code = (
         f"import os; print(*(os.environ[n] for n in {places}), "
-        "os.environ['MASTER_ADDR'], os.environ['OMP_NUM_THREADS'])"
+        "os.environ['MASTER_ADDR'], os.environ['OMP_NUM_THREADS'], os.environ['NCCL_DEBUG'])"
     )
-    assert launch(["-c", code], folder, LaunchConfig(processes=3, threads=2)) == 0
+    cfg = LaunchConfig(processes=3, threads=2, environment={"NCCL_DEBUG": "WARN"})
+    assert launch(["-c", code], folder, cfg) == 0
     logs = sorted(folder.logs.glob("*.log"))
-    assert [log.read_text() for log in logs] == [f"{r} 3 {r} 3 127.0.0.1 2\n" for r in range(3)]
-    assert capfdbinary.readouterr().out == b"0 3 0 3 127.0.0.1 2\n"
+    assert [log.read_text() for log in logs] == [
+        f"{r} 3 {r} 3 127.0.0.1 2 WARN\n" for r in range(3)
+    ]
+    assert capfdbinary.readouterr().out == b"0 3 0 3 127.0.0.1 2 WARN\n"
 
 
 def test_the_cores_are_shared_among_the_ranks(
@@ -138,7 +141,9 @@ def test_a_killed_rank_is_named_with_its_signal(
 
 def test_a_hung_rank_is_called_hung(folder: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(["-c", "import os; os._exit(86)"], folder, LaunchConfig(processes=1)) == 1
-    assert "rank 0 hung and was ended by its watchdog" in capfd.readouterr().err
+    (report,) = folder.logs.glob("*-hang.txt")
+    said = capfd.readouterr().err
+    assert "rank 0 on" in said and "is late: process is ended" in said and str(report) in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ from launcher.checkpoint_verbs import main as checkpoint_verb
 from launcher.export import export
 from parallel.checkpoint import Checkpoint, CheckpointError
 from parallel.checkpoint_read import TableReader
-from tests.launcher.in_ranks import LENGTHS, tokens, trained
+from parallel.mesh import Mesh
+from tests.launcher.in_ranks import LENGTHS, tokens, trained, trainer_of
 from tests.launcher.tiny import rows, tiny_config, tiny_corpus
 from tests.ranks import Ranks
 from tiny_onn.exported import ExportError, load_exported
@@ -76,7 +78,8 @@ def test_one_two_and_four_ranks_go_on_with_each_others_checkpoints_in_any_mode(
     samples = two_ranks.run(trained, path, [*SHORT, *cpu], 3, timeout=400)[0]["samples"]
     with Ranks(1) as one:
         samples += one.run(trained, path, [*SHORT, *nvme], 5, timeout=400)[0]["samples"]
-    samples += two_ranks.run(trained, path, [*SHORT, *resident], 6, timeout=400)[0]["samples"]
+    grouped = [*SHORT, *resident, "--mesh.group", "2"]
+    samples += two_ranks.run(trained, path, grouped, 6, timeout=400)[0]["samples"]
     with Ranks(4) as four:
         result = four.run(trained, path, [*SHORT, *cpu], timeout=500)[0]
     assert samples + result["samples"] == whole[1]["samples"]
@@ -106,14 +109,56 @@ def test_every_offload_mode_goes_on_bitwise_at_the_same_number_of_ranks(
             folder.mkdir()
             path = tiny_config(folder, corpus)
             if cut:
-                two_ranks.run(trained, path, [*SHORT, *mode], cut, timeout=400)
+                # Once from the live state instead of a copy of it.
+                waiting = ["--checkpoint.background", "false"] if name != "cpu" else []
+                two_ranks.run(trained, path, [*SHORT, *mode, *waiting], cut, timeout=400)
             two_ranks.run(trained, path, [*SHORT, *mode], timeout=400)
             runs.append(folder / "runs" / "tiny")
         straight, resumed = (rows(run) for run in runs)
         for a, b in zip(straight, resumed, strict=True):
             assert {k: a[k] for k in EXACT} == {k: b[k] for k in EXACT}, name
         lines = list(difference(*map(_opened, runs)))
-        assert all(line.startswith("config ") and "path" in line for line in lines), (name, lines)
+        assert all(line.startswith("config runs: ") for line in lines), (name, lines)
+
+
+def _train_on_a_disk_that_fills(mesh: Mesh, path: Path, overrides: list[str]) -> tuple[str, int]:
+    trainer = trainer_of(mesh, path, overrides)
+    original, limits = trainer._save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save() -> None:
+        if trainer.c.step == 4 and mesh.rank == 1:
+            # The kernel then refuses to grow a file as it does on a full disk.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        original()
+
+    trainer._save = save  # type: ignore[method-assign]
+    try:
+        with pytest.raises(CheckpointError) as raised:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    trainer.c.close()
+    return str(raised.value), trainer.c.step
+
+
+@pytest.mark.slow
+def test_disk_that_fills_while_saving_stops_all_ranks_after_the_same_step_and_costs_nothing(
+    two_ranks: Ranks, whole: tuple[Path, dict[str, Any]], corpus: Path, tmp_path: Path
+) -> None:
+    path = tiny_config(tmp_path, corpus)
+    every = [*SHORT, "--checkpoint.every", "2"]
+    answers = two_ranks.run(_train_on_a_disk_that_fills, path, every, timeout=400)
+    assert answers[0] == answers[1]
+    message, step = answers[0]
+    # The writing fails beside step 5 or a later one, and is known to all a step on.
+    assert 5 <= step < STEPS
+    assert "rank 1: " in message and "rank-00001.dense.safetensors: cannot be written" in message
+    assert "bytes free there). Free some space" in message and "goes on from them" in message
+    run = tmp_path / "runs" / "tiny"
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    two_ranks.run(trained, path, every, timeout=400)
+    for a, b in zip(rows(whole[0]), rows(run), strict=True):
+        assert {k: a[k] for k in EXACT} == {k: b[k] for k in EXACT}
 
 
 def _opened(run: Path) -> Checkpoint:

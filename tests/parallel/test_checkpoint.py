@@ -305,6 +305,23 @@ def test_saving_goes_on_beside_the_caller_and_counts_only_when_it_is_over(tmp_pa
     assert [t.tolist() for t in found.load("dense").values()] == [[0, 1, 2], [1.0, 1.0]]
 
 
+def test_rows_come_piece_by_piece_also_of_the_first_format(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, ALONE)
+    parts = {"000001/ids": torch.tensor([2]), "000001/weight": torch.ones(1, 2)}
+    parts |= {"000000/ids": torch.tensor([0, 1]), "000000/weight": torch.zeros(2, 2)}
+    whole = {"ids": torch.arange(3), "weight": torch.ones(3, 2)}
+    store.save(1, {"new": parts, "old": whole}, {}, {})
+    found = store.newest()
+    assert found is not None
+    assert [piece["ids"].tolist() for piece in found.pieces("new", [0])] == [[0, 1], [2]]
+    assert [piece["weight"].shape for piece in found.pieces("old", [0])] == [(3, 2)]
+    found.world = 4
+    # Rows of rank 1 of 6 come from those saved ranks whose ids can be 1 modulo 6.
+    assert found.ranks_with_rows_of(1, 6) == [1, 3]
+    assert found.ranks_with_rows_of(2, 4) == [2]
+    assert found.ranks_with_rows_of(0, 3) == [0, 1, 2, 3]
+
+
 def test_live_state_is_written_before_the_caller_goes_on(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, ALONE)
     live = torch.ones(4)
@@ -340,6 +357,16 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
         match=r"rank 0: .*/file/checkpoints/step-00000002: cannot be written: Not a directory",
+    ):
+        save(store, 2)
+
+
+def test_read_only_folder_is_named_with_its_own_remedy() -> None:
+    # A file system that root cannot write to, either.
+    store = CheckpointStore(Path("/sys/tiny-onn/checkpoints"), ALONE)
+    with pytest.raises(
+        CheckpointError,
+        match=r"/sys/.*/step-00000002: cannot be written: .*Make the folder writable",
     ):
         save(store, 2)
 

@@ -30,12 +30,18 @@ def state_of(table: RowTable) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in table.local_state().items()}
 
 
-def gathered(pieces: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put the chunks of a snapshot together again."""
+def gathered(pieces: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Put the chunks of a snapshot together again; rows that were left out are zero."""
     fields: dict[str, list[Tensor]] = {}
     for name in sorted(pieces):
         fields.setdefault(name.partition("/")[2], []).append(pieces[name])
-    return {name: torch.cat(parts) for name, parts in fields.items()}
+    joined = {name: torch.cat(parts) for name, parts in fields.items()}
+    ids, untouched = joined.pop("ids"), joined.pop("untouched")
+    assert sorted([*ids.tolist(), *untouched.tolist()]) == list(range(rows))
+    out = {name: torch.zeros(rows, value.shape[1]) for name, value in joined.items()}
+    for name, value in joined.items():
+        out[name][ids] = value
+    return {"ids": torch.arange(rows), **out}
 
 
 def test_rows_that_change_while_they_are_read_are_saved_as_they_were(tmp_path: Path) -> None:
@@ -56,7 +62,7 @@ def test_rows_that_change_while_they_are_read_are_saved_as_they_were(tmp_path: P
                 train(SINGLE, run, table, first=step, last=step + 1)
                 step += 1
         source.close()
-        saved = gathered(pieces)
+        saved = gathered(pieces, run.rows)
         assert saved.keys() == before.keys()
         for name, value in before.items():
             assert torch.equal(saved[name], value), (cfg.tier, cfg.optimizer, name)
@@ -83,7 +89,7 @@ def test_an_update_under_way_belongs_to_the_snapshot_behind_it() -> None:
     table.step(run.lr)
     source = table.snapshot(None, chunk_bytes=700)
     gate.set()
-    saved = gathered({name: tensor.clone() for name, tensor in source})
+    saved = gathered({name: tensor.clone() for name, tensor in source}, run.rows)
     source.close()
     assert not torch.equal(saved["weight"], before["weight"])
     for name, value in state_of(table).items():
@@ -114,14 +120,17 @@ def test_step_waits_while_a_slow_reader_lets_copies_pile_up(
     monkeypatch.setattr("parallel.table_snapshot.COPIES_SHARE", 0.0)
     run = Run(all_ids=True)
     table = make_table(SINGLE, run)
-    source = table.snapshot(None, chunk_bytes=700)
     train(SINGLE, run, table, last=1)
-    late = threading.Thread(target=train, args=(SINGLE, run, table, 1, 2))
+    before = state_of(table)
+    source = table.snapshot(None, chunk_bytes=700)
+    train(SINGLE, run, table, first=1, last=2)
+    late = threading.Thread(target=train, args=(SINGLE, run, table, 2, 3))
     late.start()
     late.join(0.5)
     assert late.is_alive()
-    # Every row changed once: zero is what they were.
-    assert not any(tensor.any() for name, tensor in source if not name.endswith("/ids"))
+    # Every row has changed since.
+    saved = gathered({name: tensor.clone() for name, tensor in source}, run.rows)
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
     late.join(10)
     assert not late.is_alive()
     source.close()
@@ -130,8 +139,33 @@ def test_step_waits_while_a_slow_reader_lets_copies_pile_up(
 
 def test_empty_share_of_a_table_is_one_empty_piece() -> None:
     table = make_table(SINGLE, Run(rows=1))
-    snapshot = TableSnapshot(table._tier, table._thread, 0, 100)
+    snapshot = TableSnapshot(table._tier, table._thread, torch.zeros(0, dtype=torch.bool), 100)
     pieces = dict(snapshot.source(1, 2))
     assert pieces["000000/ids"].shape == (0,)
     assert pieces["000000/weight"].shape == (0, 12)
     table.close()
+
+
+def test_untouched_rows_take_no_room_and_come_back_as_zero() -> None:
+    run = Run(rows=5000, tokens=20)
+    table = make_table(SINGLE, run)
+    train(SINGLE, run, table, last=2)
+    before = state_of(table)
+    pieces: dict[str, dict[str, Tensor]] = {}
+    source = table.snapshot(None, chunk_bytes=700)
+    for name, tensor in source:
+        number, _, field = name.partition("/")
+        pieces.setdefault(number, {})[field] = tensor.clone()
+    source.close()
+    saved = sum(piece["ids"].shape[0] for piece in pieces.values() if "ids" in piece)
+    assert saved == int((before["steps"] > 0).sum()) < 200
+    # Rolled back in place, and into a table of its own.
+    train(SINGLE, run, table, first=2, last=4)
+    fresh = make_table(SINGLE, run)
+    for other in (table, fresh):
+        other.load_shards(pieces.values())
+        assert all(torch.equal(state_of(other)[name], value) for name, value in before.items())
+        other.close()
+    with pytest.raises(TableError, match="lacks 4"):
+        again = make_table(SINGLE, run)
+        again.load_shards([piece for piece in pieces.values() if "ids" in piece])

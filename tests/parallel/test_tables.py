@@ -6,7 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.rows import gather_rows
+from kernels.rows import gather_rows, modulate
+from parallel.mesh import Mesh
+from parallel.table_batch import Parts
+from parallel.table_exchange import Exchange
 from parallel.table_layout import TableConfig
 from parallel.tables import RowTable
 from tests.parallel.table_runs import (
@@ -171,6 +174,7 @@ def test_rows_left_to_an_update_that_does_not_come_are_read():
         first, second = torch.tensor([9, 1, 2]), torch.tensor([2, 9, 60, 4])
         rows = table.fetch(first)
         table.prefetch(second)
+        table.flush()
         assert table._ahead.deferred_N.shape[0] == 2
         if end == "skip":
             rows.whole().sum().backward()
@@ -200,6 +204,52 @@ def test_evaluation_leaves_what_was_read_ahead():
     rows = table.fetch(coming)
     assert table._counts["prefetch_hits"] == 4
     assert torch.equal(rows.whole()[rows.inverse_T], weight[coming])
+
+
+def test_parts_may_arrive_while_earlier_ones_are_in_use():
+    table = RowTable("t", 9, 6, SINGLE, TableConfig(), groups=3)
+    ids = torch.tensor([1, 4, 4])
+    staged = table._stage(ids, defer=False)
+    table.flush()
+    arrived = []
+    parts = Parts(
+        staged,
+        table._exchange,
+        lambda: None,
+        stream=None,
+        buffer=None,
+        arrived=lambda k, grad: arrived.append((k, grad)),
+    )
+    x = torch.ones(3, 2)
+    for k in range(3):
+        # As the update writes it: after the parts before went into the graph.
+        staged.rows_LNw[k].fill_(k + 1)
+        staged.gate.post(k + 1)
+        x = modulate(x, parts[k], staged.index)
+    assert bool((x == 2 * 3 * 4).all())
+    x.sum().backward()
+    assert [k for k, _ in arrived] == [2, 1, 0]
+    assert [grad[:, 0].tolist() for _, grad in arrived] == [[6, 12], [8, 16], [12, 24]]
+    table.close()
+
+
+def test_drawn_weights_are_alike_at_every_world_size():
+    def drawn(rank, world):
+        mesh = Mesh(rank, world, rank, world, torch.device("cpu"), world, 1)
+        table = RowTable.__new__(RowTable)
+        # Only what the ranks decide together is left out.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Exchange, "gather_objects", lambda _, value: [value])
+            table.__init__("t", 1100, 6, mesh, TableConfig(), groups=3)
+        table.draw_part(1, 0.5, 7)
+        return {name: value.clone() for name, value in table.local_state().items()}
+
+    alone = drawn(0, 1)
+    parts = whole([drawn(rank, 3) for rank in range(3)])
+    assert all(torch.equal(parts[name], alone[name]) for name in alone)
+    weight = alone["weight"]
+    assert 0.45 < float(weight[:, 2:4].std()) < 0.55
+    assert not weight[:, :2].any() and not weight[:, 4:].any()
 
 
 def fetch_lopsided(mesh, run):

@@ -72,6 +72,15 @@ class Submission:
         )  # fmt: skip
         return self.job
 
+    def evaluate(self) -> int:
+        """Submit an evaluation of the run's checkpoints, on one node; returns the job's number."""
+        script = str(ROOT / "slurm" / "eval.sh")
+        return self.cluster.sbatch(
+            f"--output={self.folder}/%j.out", "--nodelist=n4", script, str(self.run),
+            cwd=self.folder,
+            env={"TINY_ONN_PYTHON": str(self.python), **self.environment},
+        )  # fmt: skip
+
     def output(self, job: int | None = None) -> str:
         """Everything that the job's tries wrote."""
         path = self.folder / f"{job or self.job}.out"

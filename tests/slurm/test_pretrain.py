@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -59,11 +60,12 @@ def check_continuous(submission: Submission) -> None:
 
 def test_a_killed_rank_costs_no_step_and_changes_no_loss(trial: Submission) -> None:
     trial.submit()
-    trial.wait(lambda: len(trial.steps()) >= 8, 180, "8 steps")
+    trial.wait(lambda: len(trial.steps()) >= 8, 400, "8 steps")
+    evaluation = trial.evaluate()
     (victim,) = ranks(trial, "n2")
     victim.kill()
     before = trial.steps()
-    assert trial.wait_finished(180) == "COMPLETED", trial.output()
+    assert trial.wait_finished(400) == "COMPLETED", trial.output()
     assert trial.cluster.job(trial.job)["Restarts"] == "1"
     assert (trial.run / "DONE").exists()
     assert "rank 1 on node 1 (n2) was killed by SIGKILL" in trial.output()
@@ -73,16 +75,22 @@ def test_a_killed_rank_costs_no_step_and_changes_no_loss(trial: Submission) -> N
     logs = {p.name for p in trial.run.glob("logs/job*-rank*.log")}
     names = {f"job{trial.job}-try{t}-rank{r}.log" for t in (0, 1) for r in (0, 1)}
     assert names <= logs
+    # The evaluation ran beside it, saw the last checkpoint and ended by itself.
+    trial.job = evaluation
+    assert trial.wait_finished(400) == "COMPLETED", trial.output()
+    results = (trial.run / "evaluation" / "evaluation.jsonl").read_text().splitlines()
+    assert json.loads(results[-1])["step"] == 24
+    assert "DONE ends the run" in trial.output()
     assert trial.cluster.run("squeue", "-h") == ""
 
 
 def test_a_rank_that_hangs_is_named_and_the_job_goes_on(trial: Submission) -> None:
     trial.submit(overrides=("--launch.step_timeout", "15"))
-    trial.wait(lambda: len(trial.steps()) >= 8, 240, "8 steps")
+    trial.wait(lambda: len(trial.steps()) >= 8, 400, "8 steps")
     (victim,) = ranks(trial, "n2")
     victim.suspend()
     trial.wait(lambda: list(trial.run.glob("logs/*-hang.txt")), 90, "the hang is reported")
-    assert trial.wait_finished(240) == "COMPLETED", trial.output()
+    assert trial.wait_finished(400) == "COMPLETED", trial.output()
     assert "rank 1 on n2 is late: process is stopped by a signal" in trial.output()
     (report,) = trial.run.glob("logs/*-hang.txt")
     assert "== stacks of rank 1" in report.read_text()

@@ -122,7 +122,7 @@ def four_ranks() -> Iterator[Ranks]:
 def alone() -> dict[str, Result]:
     """What one rank does with all of it."""
     with Ranks(1) as ranks:
-        return {model: ranks.run(train, model, 1)[0] for model in MODELS}
+        return {model: ranks.run(train, model, 1, timeout=400)[0] for model in MODELS}
 
 
 def worst(found: list[float], wanted: list[float]) -> float:
@@ -136,6 +136,6 @@ def worst(found: list[float], wanted: list[float]) -> float:
 def test_losses_and_norms_are_those_of_one_rank(
     four_ranks: Ranks, alone: dict[str, Result], model: str, group: int
 ) -> None:
-    for result in four_ranks.run(train, model, group):
+    for result in four_ranks.run(train, model, group, timeout=400):
         for name, found, wanted in zip(("loss", "norm", "rows"), result, alone[model], strict=True):
             assert worst(found, wanted) < 1e-5, (name, found, wanted)

@@ -125,26 +125,48 @@ def test_checkpointing_has_its_earlier_names_and_refuses_others() -> None:
         ModelConfig(activation_checkpointing="disk")  # type: ignore[arg-type]
 
 
-@pytest.mark.gpu
-def test_offloaded_activations_come_back_bitwise_and_free_the_gpu() -> None:
-    cfg = replace(DENSE, width=256, layers=8)
-    ids = torch.randint(0, V, (8192,), device="cuda")
-    docs = Documents([8192], "cuda")
-    gradients, peaks = [], []
-    for keep in ("recompute", "offload"):
-        model = _model(replace(cfg, activation_checkpointing=keep)).cuda()
-        for _ in range(2):
-            model.zero_grad()
-            torch.cuda.reset_peak_memory_stats()
-            base = torch.cuda.memory_allocated()
-            output = model(ids, ids.roll(-1), docs, ONE.cuda() / 8192)
-            output.loss.backward()
-        peaks.append(torch.cuda.max_memory_allocated() - base)
-        gradients.append([p.grad for p in model.parameters()])
-    for kept, moved in zip(*gradients, strict=True):
-        assert kept is not None and moved is not None and torch.equal(kept, moved)
-    # Seven of the eight inputs of 8 MiB are away at the peak.
-    assert peaks[1] < peaks[0] - 3 * 8192 * 256 * 4
+@pytest.mark.parametrize("home", ["rows", "zero3", "off"])
+def test_input_embedding_in_the_rows_gives_the_same_loss_and_gradients(home: str) -> None:
+    kind = "off" if home == "off" else "output"
+    deepembed = replace(SPARSE.deepembed, partition="zero3", kind=kind)
+    cfg = replace(SPARSE, tie_embeddings=False, deepembed=deepembed)
+    inside = _model(cfg)
+    own = replace(deepembed, partition="rows" if home == "rows" else "zero3")
+    outside = TinyOnn(replace(cfg, deepembed=own, embedding_partition="rows"))
+    state = {k: v for k, v in inside.state_dict().items() if not k.startswith("embedding")}
+    if home == "rows":
+        del state["deepembed_table.weight"]
+    outside.load_state_dict(state)
+    assert outside.cfg.row_parts == 1 + cfg.layers * (home == "rows")
+    ids = torch.randint(0, V, (140,))
+    unique, inverse = unique_ids(ids)
+    parameters = dict(inside.named_parameters())
+    rows = parameters["embedding.weight"].detach()[unique]
+    if home == "rows":
+        rows = torch.cat((rows, parameters["deepembed_table.weight"].detach()[unique]), dim=1)
+    rows.requires_grad_()
+    parts = split_layers(rows, outside.cfg.row_parts)
+    index = row_index(inverse, len(unique))
+    a = inside(ids, ids.roll(-1), Documents([50, 90]), ONE / 140)
+    b = outside(ids, ids.roll(-1), Documents([50, 90]), ONE / 140, parts, index)
+    torch.testing.assert_close(b.loss, a.loss)
+    a.loss.backward()
+    b.loss.backward()
+    expected = parameters["embedding.weight"].grad
+    assert expected is not None and rows.grad is not None
+    torch.testing.assert_close(rows.grad[:, : cfg.width], expected[unique])
+    with pytest.raises(ValueError, match="row-partitioned table"):
+        outside(ids, ids.roll(-1), Documents([50, 90]), ONE / 140)
+
+
+def test_input_embedding_in_the_rows_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(ValueError, match="tie_embeddings: false"):
+        replace(SPARSE, tie_embeddings=True, embedding_partition="rows")
+    hidden = replace(SPARSE.deepembed, kind="hidden", partition="rows")
+    with pytest.raises(ValueError, match="equal parts"):
+        replace(SPARSE, tie_embeddings=False, deepembed=hidden, embedding_partition="rows")
+    with pytest.raises(ValueError, match="none of zero3, rows"):
+        replace(SPARSE, embedding_partition="columns")  # type: ignore[arg-type]
 
 
 def test_both_homes_of_the_table_give_the_same_loss_and_gradients() -> None:

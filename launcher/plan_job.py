@@ -1,0 +1,199 @@
+"""A job that is planned: the configuration, the machines, and the counts that follow from both.
+
+Letters beside those of the model: n parameters outside the tables, W ranks, P ranks that share a
+sequence, R = min(P, G) ranks among which heads are dealt out, m = P / R, T tokens that a group
+attends over in a pass, t = T / P those of one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from launcher.components import accumulation, shape_of
+from launcher.config import RunConfig
+from launcher.flops import ParameterCounts, Shape, parameter_counts
+from parallel.table_layout import RowLayout
+
+GIB = 2**30
+
+EFFICIENCY: Mapping[str, float] = {
+    "attention_projections": 0.60,
+    "dense_ffn": 0.60,
+    "head": 0.50,
+    "router": 0.10,
+    "experts": 0.40,
+    "compression": 0.15,
+    "attention_full": 0.50,
+    "attention_compressed": 0.30,
+    "attention_scoring": 0.25,
+    "attention_selected": 0.14,
+    "attention_window": 0.25,
+}
+"""Share of the bf16 peak that each component of `launcher.flops` reaches, from measurements of the
+kernels on one H100 (NOTES.md); `--measured` corrects their sum."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a node of the cluster can do; the defaults are a node of H100 SXM with 400 Gb/s a GPU.
+
+    Attributes:
+        gpu_gib: memory of a GPU.
+        host_gib: memory of a node.
+        peak_flops: bf16 peak of a GPU, FLOP/s.
+        hbm: memory bandwidth of a GPU, bytes/s.
+        nvlink: bytes/s that a GPU receives from its node's GPUs in large collectives.
+        network: bytes/s that a GPU receives from other nodes in large collectives.
+        pcie: bytes/s between a GPU and host memory, each way.
+        host_memory: bytes/s of a node's memory that a host-side optimizer reaches.
+        hop: seconds that a message needs to another node; within one a tenth of it.
+        block_seconds: host time to launch a block's forward and backward; a floor for its kernels.
+        reserve: share of a GPU's memory lost to fragmentation, the CUDA context and NCCL.
+        efficiency: see `EFFICIENCY`.
+    """
+
+    gpu_gib: float = 80.0
+    host_gib: float = 1024.0
+    peak_flops: float = 989e12
+    hbm: float = 2.8e12
+    nvlink: float = 300e9
+    network: float = 40e9
+    pcie: float = 50e9
+    host_memory: float = 250e9
+    hop: float = 8e-6
+    block_seconds: float = 0.012
+    reserve: float = 0.08
+    efficiency: Mapping[str, float] = field(default_factory=lambda: dict(EFFICIENCY))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration on so many machines.
+
+    Attributes:
+        cfg: the configuration, its vocabulary resolved.
+        nodes: machines.
+        per_node: GPUs (and ranks) of one machine.
+        machine: what a machine can do.
+    """
+
+    cfg: RunConfig
+    nodes: int
+    per_node: int
+    machine: Machine = field(default_factory=Machine)
+
+    @property
+    def world(self) -> int:
+        """W."""
+        return self.nodes * self.per_node
+
+    @property
+    def group(self) -> int:
+        """P."""
+        return self.cfg.mesh.group
+
+    @cached_property
+    def micro_batches(self) -> int:
+        """Passes of a rank per step; raises ValueError when ranks and batch do not fit."""
+        return accumulation(self.cfg, self.world, self.per_node)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The model's numbers."""
+        return shape_of(self.cfg.model, self.cfg.data.seq_len)
+
+    @cached_property
+    def counts(self) -> ParameterCounts:
+        """Parameters by component."""
+        return parameter_counts(self.shape)
+
+    @property
+    def zero3_table(self) -> bool:
+        """Whether the DeepEmbed table is an ordinary parameter."""
+        return self.counts.table > 0 and self.cfg.model.deepembed.partition == "zero3"
+
+    @property
+    def parameters(self) -> int:
+        """n: what ZeRO-3 partitions."""
+        table = self.counts.table if self.zero3_table else 0
+        return sum(self.counts.total.values()) + table
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of one block."""
+        outside = ("embedding", "head")
+        inside = sum(v for k, v in self.counts.total.items() if k not in outside)
+        return inside // self.shape.layers
+
+    @property
+    def partition(self) -> int:
+        """Parameters that a rank owns, ceil(n / W)."""
+        return math.ceil(self.parameters / self.world)
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens that a group attends over in a pass."""
+        return self.cfg.train.micro_batch * self.cfg.data.seq_len
+
+    @property
+    def shard(self) -> int:
+        """t: tokens of a rank in a pass, the largest share."""
+        return math.ceil(self.tokens / self.group)
+
+    @property
+    def row(self) -> int:
+        """R: ranks among which heads are dealt out."""
+        return min(self.group, self.shape.groups)
+
+    @property
+    def column(self) -> int:
+        """m: ranks that hold the same KV groups."""
+        return self.group // self.row
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a rank in attention, H / R."""
+        return self.shape.heads // self.row
+
+    @property
+    def kv_groups(self) -> int:
+        """KV groups of a rank in attention, G / R."""
+        return self.shape.groups // self.row
+
+    @property
+    def pairs(self) -> int:
+        """Rows of the expert layer's buffers: any routing of t tokens fits in (static)."""
+        ffn = self.cfg.model.ffn
+        if ffn.kind == "dense":
+            return self.shard
+        most = min(ffn.fired_bounds[1], ffn.experts)
+        explored = math.ceil(self.shard * ffn.explore_share) if ffn.surprise != "off" else 0
+        return self.shard * most + explored + ffn.experts * 15
+
+    @property
+    def inner(self) -> int:
+        """Numbers before the activation per pair: 2F gated, else F."""
+        return self.shape.hidden * (2 if self.shape.gated else 1)
+
+    @cached_property
+    def table_columns(self) -> int:
+        """Fp32 numbers that a row of the table and its optimizer state take; 0 without a table."""
+        if self.counts.table == 0 or self.zero3_table:
+            return 0
+        de = self.cfg.model.deepembed
+        return RowLayout.of(de.optimizer, self.counts.table_active, self.shape.layers).columns
+
+    @cached_property
+    def unique_ids(self) -> int:
+        """Expected distinct ids among t tokens whose frequencies fall as 1 / (rank + 2.7) (Zipf).
+
+        E[U] = sum over ids of 1 - (1 - p)^t.
+        """
+        p = 1.0 / (np.arange(self.shape.vocab) + 3.7)
+        p /= p.sum()
+        return round(float(-np.expm1(self.shard * np.log1p(-p)).sum()))

@@ -1,0 +1,100 @@
+"""Which rank holds the others up, and how much of a step waits for data.
+
+In a step the ranks meet in every layer, so all of them take equally long and none can tell from its
+own clock who was late. What differs is the time of work between two meetings. It is sampled: the
+leaf modules of one block in the middle, whose bodies hold no collective under ZeRO-3 (weights are
+gathered in hooks around them), are timed on the host, or on a GPU with events that are read when
+they have passed anyway. The values travel with the reduction that agrees on stopping.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from parallel.mesh import Mesh
+
+
+class Stragglers:
+    """Times this rank's share of the work and compares it with the others'."""
+
+    FACTS = 2
+    """Numbers that a rank tells the others: share of the step waited for data, seconds of work."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+        """Add the clocks to a model with `blocks`; after DeepSpeed has added its own hooks."""
+        self.device = mesh.device
+        self._seconds = 0.0
+        self._begun: list[Any] = []
+        # torch.cuda.Event has no types.
+        self._spans: list[tuple[Any, Any]] = []
+        self._spare: list[Any] = []
+        blocks = model.blocks
+        assert isinstance(blocks, nn.ModuleList)
+        for module in blocks[len(blocks) // 2].modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(self._start)
+                # Before DeepSpeed's, which gives the weights back.
+                module.register_forward_hook(self._end, prepend=True)
+
+    def begin(self) -> None:
+        """Forget what was timed outside of steps (validation, samples of text)."""
+        self._seconds = 0.0
+        self._begun.clear()
+        for span in self._spans:
+            self._spare += span
+        self._spans.clear()
+
+    def facts(self, data_seconds: float, step_seconds: float) -> list[float]:
+        """Return this rank's `FACTS` about the step that has just ended."""
+        for first, last in self._spans:
+            # Never waited for; the step's loss has been read, so they have passed.
+            if last.query():
+                self._seconds += first.elapsed_time(last) / 1000
+        return [data_seconds / max(step_seconds, 1e-9), self._seconds]
+
+    @staticmethod
+    def shares(facts: Sequence[Sequence[float]]) -> dict[str, float]:
+        """Compare all ranks' facts about a step.
+
+        Returns:
+            `speed/slowest_share`: of its work's time, how long the mean rank waits for the slowest,
+            0 … 1; `speed/slowest_rank`; `speed/data_stall_share`: of the step, how long the rank
+            that waited longest for its data did; `speed/data_stall_rank`. Empty without facts.
+        """
+        if not facts:
+            return {}
+        stalls = [stall for stall, _ in facts]
+        work = [seconds for _, seconds in facts]
+        slowest = max(work)
+        share = 1.0 - sum(work) / len(work) / slowest if slowest > 0 else 0.0
+        return {
+            "speed/slowest_share": share,
+            "speed/slowest_rank": float(work.index(slowest)),
+            "speed/data_stall_share": max(stalls),
+            "speed/data_stall_rank": float(stalls.index(max(stalls))),
+        }
+
+    def _start(self, module: nn.Module, args: object) -> None:
+        if self.device.type != "cuda":
+            self._begun.append(time.perf_counter())
+        elif not torch.cuda.is_current_stream_capturing():
+            self._begun.append(self._event())
+
+    def _end(self, module: nn.Module, args: object, output: object) -> None:
+        if not self._begun:
+            return
+        if self.device.type != "cuda":
+            self._seconds += time.perf_counter() - self._begun.pop()
+        elif not torch.cuda.is_current_stream_capturing():
+            self._spans.append((self._begun.pop(), self._event()))
+
+    def _event(self) -> Any:
+        make: Any = torch.cuda.Event
+        event = self._spare.pop() if self._spare else make(enable_timing=True)
+        event.record()
+        return event

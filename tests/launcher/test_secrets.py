@@ -1,0 +1,158 @@
+"""Loading runs no code, files follow the umask, and no secret reaches a log or configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.tokenizer import Tokenizer
+from launcher import config
+from launcher.redact import redact
+from parallel.checkpoint import CheckpointError, CheckpointStore
+from tests.launcher.tiny import finish, tiny_config, tiny_corpus, tiny_onn
+from tests.parallel.test_checkpoint import ALONE, saved_alone
+from tiny_onn.exported import ExportError, load_exported
+
+CANARY = "canary-7f3a9c51d2"
+
+
+class Bomb:
+    """An object whose unpickling makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def recommit(folder: Path) -> None:
+    """Make manifest and marker agree with the files, as a stranger who hands on a folder can."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    digest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    (folder / "COMMITTED").write_text(digest)
+
+
+def test_pickle_in_any_place_of_a_checkpoint_or_export_is_never_run(tmp_path: Path) -> None:
+    exploded = tmp_path / "exploded"
+    bomb = pickle.dumps(Bomb(exploded))
+    saved_alone(tmp_path / "run", 1)
+    folder = tmp_path / "run" / "step-00000001"
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(whole) == {
+        "COMMITTED",
+        "manifest.json",
+        "rank-00000.json",
+        "rank-00000.dense.safetensors",
+    }
+    for name in ("rank-00000.dense.safetensors", "rank-00000.json"):
+        (folder / name).write_bytes(bomb)
+        recommit(folder)
+        found = CheckpointStore(tmp_path / "run", ALONE).newest()
+        assert found is not None
+        with pytest.raises(CheckpointError, match=f"{name}: cannot be read"):
+            found.load("dense")
+            _ = found.rank_meta
+        for path, content in whole.items():
+            (folder / path).write_bytes(content)
+    # What the manifest does not name is not even looked at.
+    for stray in ("rank-00000.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "latest"):
+        (folder / stray).write_bytes(bomb)
+    found = CheckpointStore(tmp_path / "run", ALONE).newest()
+    assert found is not None and len(found.load("dense")) == 4
+
+    with pytest.raises((ValueError, RuntimeError, OSError)):
+        (tmp_path / "tokenizer.model").write_bytes(bomb)
+        Tokenizer.load(tmp_path / "tokenizer.model")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(bomb)
+        with pytest.raises(ExportError, match=name):
+            load_exported(tmp_path)
+        (tmp_path / "config.json").write_text(
+            json.dumps({"format": 1, "model": {"vocab_size": 300, "width": 32, "layers": 1}})
+        )
+    assert not exploded.exists()
+
+
+def test_corpus_whose_columns_are_pickles_is_not_unpickled(tmp_path: Path) -> None:
+    from streaming.base.format.mds.encodings import is_mds_encoding, mds_decode
+
+    import data.streaming_shim  # noqa: F401
+
+    assert not is_mds_encoding("pkl")
+    with pytest.raises((KeyError, ValueError)):
+        mds_decode("pkl", pickle.dumps(Bomb(tmp_path / "exploded")))
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "path", [f"s3://me:{CANARY}@bucket/corpus", f"https://host/corpus?X-Amz-Signature={CANARY}"]
+)
+def test_credentials_in_a_configured_url_are_refused_without_being_repeated(
+    path: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"data: {{path: '{path}'}}\n")
+    other = tmp_path / "d.yaml"
+    other.write_text("name: x\n")
+    for arguments in ((file,), (other, ["--data.path", path])):
+        with pytest.raises(config.ConfigError, match=r"data\.path has credentials") as raised:
+            config.load(*arguments)
+        assert CANARY not in str(raised.value)
+
+
+def test_secrets_are_taken_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
+    text = (
+        f"cannot reach http://me:pass@store:9000/x?a=1&X-Amz-Security-Token=abc end, key {CANARY}"
+    )
+    assert redact(text) == (
+        "cannot reach http://***@store:9000/x?a=1&X-Amz-Security-Token=*** end, key ***"
+    )
+    assert redact("an@address and s3://bucket/a@b stay") == "an@address and s3://bucket/a@b stay"
+
+
+@pytest.mark.slow
+def test_run_folder_follows_the_umask_and_holds_no_secret_of_the_environment(
+    tmp_path: Path,
+) -> None:
+    corpus = tiny_corpus(tmp_path / "corpus")
+    secrets = {
+        "AWS_SECRET_ACCESS_KEY": CANARY,
+        "AWS_ACCESS_KEY_ID": CANARY,
+        "HF_TOKEN": CANARY,
+        "S3_ENDPOINT_URL": f"http://user:{CANARY}@127.0.0.1:9",
+    }
+    before = os.umask(0o027)
+    try:
+        folder = tmp_path / "open"
+        folder.mkdir()
+        path = tiny_config(folder, corpus)
+        words = ["--launch.processes", "1", "--train.steps", "4", "--train.sample_every", "2"]
+        code, output = finish(tiny_onn("pretrain", path, *words, **secrets))
+        assert code == 0, output
+        # One that fails, at an address of which the endpoint's credentials are a part.
+        cache = ["--data.cache", str(tmp_path / "cache"), "--name", "failed"]
+        bad = finish(tiny_onn("pretrain", path, "--data.path", "s3://b/c", *cache, **secrets))
+        assert bad[0] == 1 and "cannot fetch s3://b/c" in bad[1], bad[1]
+    finally:
+        os.umask(before)
+    assert CANARY not in output + bad[1]
+    files = [p for p in (folder / "runs").rglob("*")]
+    assert len(files) > 15
+    for file in files:
+        assert file.stat().st_mode & 0o007 == 0, file
+        if file.is_file():
+            assert file.stat().st_mode & 0o040, file
+            assert CANARY.encode() not in file.read_bytes(), file
+            assert file.suffix not in (".pt", ".pkl", ".pickle", ".bin"), file
