@@ -32,6 +32,7 @@ from launcher.pretrain import resolved
 from parallel.schedule import learning_rate_factor
 from parallel.zero_setup import parameter_groups
 from tiny_onn.dynmoe import DynMoe, update_controllers
+from tiny_onn.expert_pool import Changes
 from tiny_onn.modular import ModelOutput, TinyOnn
 
 VARIANTS: dict[str, list[str]] = {
@@ -61,10 +62,25 @@ class Masters:
                 self.pairs.append((weight, master))
                 masters.append(master)
             groups.append({**group, "params": masters, "lr": o.lr})
+        masters_of = {id(weight): (weight, master) for weight, master in self.pairs}
+        self.named = {name: masters_of[id(p)] for name, p in model.named_parameters()}
         self.adam = torch.optim.AdamW(
             groups, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps,
             fused=self.pairs[0][0].is_cuda,
         )  # fmt: skip
+
+    def rewrite(self, changes: Changes) -> None:
+        """Give new experts fresh weights and moments."""
+        for name, pieces in changes.items():
+            weight, master = self.named[name]
+            state = self.adam.state.get(master, {})
+            for start, values in pieces:
+                part = slice(start, start + values.numel())
+                master.data.view(-1)[part].copy_(values)
+                weight.data.view(-1)[part].copy_(values)
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if moment in state:
+                        state[moment].view(-1)[part].zero_()
 
     def step(self, step: int) -> None:
         """Clip, step, and write the weights back."""
@@ -134,7 +150,7 @@ def train(
                 nll += output.nll_sum
         optimizer.step(i)
         counts.extend(_fired_per_token(model))
-        update_controllers(model)
+        update_controllers(model, optimizer.rewrite)
         if record:
             derive(stats)
             shown = {k: v for k, v in scalars(stats).items() if "layer" not in k}

@@ -81,7 +81,7 @@ class Trainer:
                 batches, labels, label_bytes = self._next_step()
             with recording(c.engine.module, self._due(cfg.stats_every, c.step + 1)) as stats:
                 loss, tables, result = self._forward_backward_step(batches, labels, timer)
-            update_controllers(c.engine.module, skipped=result.skipped)
+            update_controllers(c.engine.module, c.engine.rewrite, skipped=result.skipped)
             c.step += 1
             c.tokens += cfg.global_batch * self.cfg.data.seq_len
             bits = loss * labels / math.log(2) / max(label_bytes, 1)

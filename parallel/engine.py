@@ -275,6 +275,18 @@ class Engine:
         """Host memory that the copies of a snapshot take, about."""
         return self._state.nbytes
 
+    def rewrite(self, changes: Mapping[str, Sequence[tuple[int, Tensor]]]) -> None:
+        """Replace parts of parameters, their masters and moments between steps; on all ranks.
+
+        Args:
+            changes: parameter name to (first element of the flattened parameter, fp32 values), the
+                same on every rank.
+
+        Raises:
+            EngineError: no such parameter, or elements beyond its end.
+        """
+        self._state.rewrite(changes)
+
     def local_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copy this rank's dense state to host memory; see `snapshot`."""
         source, meta = self.snapshot(None)

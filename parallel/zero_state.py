@@ -11,7 +11,7 @@ size; this reads and writes the fp32 partitions themselves, swapped in and out a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -254,6 +254,45 @@ class DenseState:
         with torch.no_grad():
             for name, buffer in _persistent_buffers(self.module):
                 buffer.copy_(saved[name])
+
+    def rewrite(self, changes: Mapping[str, Sequence[tuple[int, Tensor]]]) -> None:
+        """Put new values into parts of parameters and clear their moments; on all ranks together.
+
+        Args:
+            changes: parameter name to pieces: first element of the flattened parameter, and new
+                fp32 values, the same on every rank.
+
+        Raises:
+            EngineError: no such parameter, or elements beyond its end.
+        """
+        shapes = {piece.name: piece.numel for pieces in self.groups for piece in pieces}
+        for name, new in changes.items():
+            if any(start + values.numel() > shapes.get(name, 0) for start, values in new):
+                raise EngineError(
+                    f"cannot rewrite '{name}': the model has {shapes.get(name, 0)} elements of it"
+                )
+        self.zero._partition_all_parameters()
+        for index, pieces in enumerate(self.groups):
+            touched = [piece for piece in pieces if piece.name in changes]
+            if not touched:
+                continue
+            with self._resident(index, write=True) as flat:
+                state = self.zero.optimizer.state.get(flat, {})
+                for piece in touched:
+                    for start, values in changes[piece.name]:
+                        low = max(start, piece.start)
+                        high = min(start + values.numel(), piece.stop)
+                        if low >= high:
+                            continue
+                        part = slice(low - piece.start, high - piece.start)
+                        piece.of(flat.data)[part].copy_(values[low - start : high - start])
+                        for moment in MOMENTS:
+                            if moment in state:
+                                piece.of(state[moment])[part].zero_()
+                self.zero._reassign_or_swap_out_partitioned_parameters(index)
+        persistent = self.zero.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
 
     @contextmanager
     def _resident(self, index: int, *, write: bool) -> Iterator[Tensor]:

@@ -40,6 +40,9 @@ from kernels.experts import (
     dynmoe_layer,
     inner_width,
 )
+from kernels.experts.layer import logits
+from kernels.experts.spec import MEASURED, ProductTiles
+from tiny_onn.expert_pool import CLOSED, Rewrite, look, plain_rewrite, renew_experts
 from tiny_onn.router import calibrated_threshold
 
 FfnKind = Literal["dynmoe", "dense"]
@@ -75,7 +78,13 @@ class DynMoeConfig:
         controller_gain: step of the bias, in units of z, when the mean count is off by 100 %.
         balance_gain: step of one expert's bias when it is idle (`surprise: off`: off balance).
         idle_share: an expert counts as idle below this share of the mean load.
-        dead_window: optimizer steps without a token after which an expert is called dead.
+        dead_window: optimizer steps without a token after which an expert is called dead, and
+            between two looks at the pool.
+        recycle: dead experts start anew where tokens are served worst.
+        max_pool: experts that the pool may grow to; 0 keeps `experts`. Their weights exist, and
+            cost memory, from the start.
+        grow_share: the pool grows by an expert when a larger share of the tokens finds no expert
+            above its threshold (and none is dead).
     """
 
     kind: FfnKind = "dynmoe"
@@ -102,6 +111,9 @@ class DynMoeConfig:
     balance_gain: float = 0.02
     idle_share: float = 0.25
     dead_window: int = 100
+    recycle: bool = True
+    max_pool: int = 0
+    grow_share: float = 0.25
 
     def __post_init__(self) -> None:
         """Refuse what cannot work; raises ValueError naming the key."""
@@ -122,6 +134,18 @@ class DynMoeConfig:
                 "ffn needs 1 <= min_experts <= target_experts <= max_experts <= experts, found "
                 f"{self.min_experts}, {self.target_experts}, {self.max_experts}, {self.experts}"
             )
+        if self.max_pool and self.max_pool < self.experts:
+            raise ValueError(
+                f"ffn.max_pool must be 0 or at least ffn.experts {self.experts}, found "
+                f"{self.max_pool}"
+            )
+        if self.max_pool > self.experts and self.surprise == "off":
+            raise ValueError(
+                "ffn.max_pool lets the pool grow where tokens find no expert above its threshold, "
+                "but with ffn.surprise off every token takes its best experts: set max_pool to 0"
+            )
+        if not 0 < self.grow_share <= 1:
+            raise ValueError(f"ffn.grow_share must be above 0 and up to 1, found {self.grow_share}")
         if not 0 <= self.explore_share <= 1 or not 0 < self.idle_share <= 1:
             raise ValueError(
                 "ffn.explore_share must lie in 0 … 1 and ffn.idle_share above 0 and up to 1, found "
@@ -148,6 +172,11 @@ class DynMoeConfig:
             ce_weight=self.router_ce_weight,
             coefficient=self.router_coefficient,
         )
+
+    @property
+    def pool(self) -> int:
+        """Experts that there is room for."""
+        return max(self.experts, self.max_pool)
 
     @property
     def fired_bounds(self) -> tuple[int, int]:
@@ -201,15 +230,18 @@ class DynMoe(nn.Module):
         record: refresh `stats` in forward and backward.
         stats: detached device tensors. From the forward: experts_per_token,
             experts_per_token_counts [max + 1], expert_load [E] (share of tokens), dead_experts,
-            router_entropy (nats, of p). From the backward: surprise, expert_surprise [E] (NaN where
-            an expert did not fire), router_loss (nats), agreement (share of tokens for which the
-            largest z is the least S).
+            active_experts, recycled_experts (so far), router_entropy (nats, of p). From the
+            backward: surprise, expert_surprise [E] (NaN where an expert did not fire), router_loss
+            (nats), agreement (share of tokens for which the largest z is the least S).
     """
 
+    active_E: Tensor
     controller_bias_E: Tensor
     counts_X: Tensor
     idle_steps_E: Tensor
     load_mean_E: Tensor
+    recycled_1: Tensor
+    seen_X: Tensor
     step_1: Tensor
 
     def __init__(self, cfg: DynMoeConfig, width: int) -> None:
@@ -219,8 +251,9 @@ class DynMoe(nn.Module):
         self.spec = cfg.surprise_spec()
         self.record = False
         self.stats: dict[str, Tensor] = {}
-        E, hidden = cfg.experts, cfg.expert_hidden
-        self.w_in_EIC = nn.Parameter(torch.empty(E, inner_width(cfg.activation, hidden), width))
+        E, hidden = cfg.pool, cfg.expert_hidden
+        self.inner = inner_width(cfg.activation, hidden)
+        self.w_in_EIC = nn.Parameter(torch.empty(E, self.inner, width))
         self.w_out_ECF = nn.Parameter(torch.empty(E, width, hidden))
         self.direction_EC = nn.Parameter(torch.empty(E, width))
         nn.init.normal_(self.w_in_EIC, std=cfg.init_std)
@@ -235,14 +268,20 @@ class DynMoe(nn.Module):
         self.theta_E = nn.Parameter(torch.zeros(E))
         self.tau_0 = cfg.logit_std * math.sqrt(width)
         self.theta_0 = self.tau_0 * calibrated_threshold(
-            E, cfg.target_experts, *cfg.fired_bounds, width
+            cfg.experts, cfg.target_experts, *cfg.fired_bounds, width
         )
         self.stride = round(1 / cfg.explore_share) if self.spec and cfg.explore_share else 0
         self.shared = (
             DenseFfn(cfg.activation, width, hidden, cfg.init_std) if cfg.shared_expert else None
         )
         # .float() undoes the half precision that ZeRO's construction context gives new tensors.
-        self.register_buffer("controller_bias_E", torch.zeros(E).float())
+        bias_E = torch.zeros(E).float()
+        bias_E[cfg.experts :] = CLOSED
+        self.register_buffer("controller_bias_E", bias_E)
+        self.register_buffer("active_E", torch.arange(E) < cfg.experts)
+        self.register_buffer("recycled_1", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("seen_X", torch.zeros(width + 2).float(), persistent=False)
+        self._steps = (-1, 0)
         self.register_buffer("load_mean_E", torch.zeros(E).float())
         self.register_buffer("idle_steps_E", torch.zeros(E, dtype=torch.int64))
         self.register_buffer("counts_X", torch.zeros(E + 1, dtype=torch.int64))
@@ -250,7 +289,7 @@ class DynMoe(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynMoe:
         """Keep the controller's fp32 buffers exact when the module is cast to another dtype."""
-        names = ("controller_bias_E", "load_mean_E")
+        names = ("controller_bias_E", "load_mean_E", "seen_X")
         before = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
@@ -278,19 +317,24 @@ class DynMoe(nn.Module):
         """
         if hidden_scale_TF is not None:
             hidden_scale_TF = hidden_scale_TF.to(x_TC.dtype)
+        spec = self.layer_spec()
+        router = Router(
+            self.direction_EC,
+            self.log_tau,
+            self.theta_E,
+            self.controller_bias_E,
+            self.step_1,
+            first,
+        )
+        if self.training and (self.steps_done() + 1) % self.cfg.dead_window == 0:
+            with torch.no_grad():
+                self.seen_X += look(logits(x_TC, router, spec)[1], x_TC)
         y_TC = dynmoe_layer(
             x_TC,
-            Router(
-                self.direction_EC,
-                self.log_tau,
-                self.theta_E,
-                self.controller_bias_E,
-                self.step_1,
-                first,
-            ),
+            router,
             self.w_in_EIC,
             self.w_out_ECF,
-            self.layer_spec(),
+            spec,
             hidden_scale_TF=hidden_scale_TF,
             loss_scale=loss_scale,
             counts_X=self.counts_X if self.training else None,
@@ -298,6 +342,8 @@ class DynMoe(nn.Module):
         )
         if self.record:
             self.stats["dead_experts"] = (self.idle_steps_E >= self.cfg.dead_window).sum()
+            self.stats["active_experts"] = self.active_E.sum()
+            self.stats["recycled_experts"] = self.recycled_1.sum()
         return y_TC if self.shared is None else y_TC + self.shared(x_TC, hidden_scale_TF)
 
     def layer_spec(self) -> LayerSpec:
@@ -317,6 +363,8 @@ class DynMoe(nn.Module):
             route=route,
             surprise=self.spec if self.training else None,
             surrogate_width=cfg.surrogate_width if self.spec is not None else 0.0,
+            # Ours need tensor cores.
+            products=MEASURED if self.w_in_EIC.dtype == torch.bfloat16 else ProductTiles(),
         )
 
     @torch.no_grad()
@@ -331,38 +379,77 @@ class DynMoe(nn.Module):
         fired_E, tokens = counts_X[:-1].double(), counts_X[-1].double()
         seen = tokens > 0
         mean = fired_E.sum() / tokens.clamp(min=1)
-        relative_E = fired_E / fired_E.mean().clamp(min=1e-9)
+        exist = self.active_E.sum()
+        relative_E = fired_E / (fired_E.sum() / exist).clamp(min=1e-9)
         if self.spec is None:
             move_E = cfg.balance_gain * (relative_E - 1).clamp(-1, 1)
         else:
             move_E = cfg.controller_gain * (mean / cfg.target_experts - 1).clamp(-1, 1)
             pull_E = cfg.balance_gain * (relative_E / cfg.idle_share - 1).clamp(-1, 0)
+            pull_E = torch.where(self.active_E, pull_E, 0.0)
             # Off its mean, or pulling some back would raise the count against the line above.
-            move_E = move_E + pull_E - pull_E.mean()
-        self.controller_bias_E += torch.where(seen, move_E, 0.0).float()
+            move_E = move_E + pull_E - pull_E.sum() / exist
+        self.controller_bias_E += torch.where(seen & self.active_E, move_E, 0.0).float()
         load_E = (fired_E / tokens.clamp(min=1)).float()
         # A mean over about dead_window steps, filled by the first one.
         rate = torch.where(self.step_1 == 0, 1.0, 1 / cfg.dead_window)
         self.load_mean_E += torch.where(seen, rate * (load_E - self.load_mean_E), 0.0)
-        idle_E = torch.where(fired_E > 0, 0, self.idle_steps_E + 1)
+        idle_E = torch.where((fired_E > 0) | ~self.active_E, 0, self.idle_steps_E + 1)
         self.idle_steps_E.copy_(torch.where(seen, idle_E, self.idle_steps_E))
+        done = self.steps_done() + 1
         self.step_1 += 1
+        self._steps = (self.step_1._version, done)
         self.counts_X.zero_()
 
+    def steps_done(self) -> int:
+        """Optimizer steps so far, as the host knows them; reads the device after a restore only."""
+        if self._steps[0] != self.step_1._version:
+            self._steps = (self.step_1._version, int(self.step_1))
+        return self._steps[1]
 
-def update_controllers(model: nn.Module, *, skipped: bool = False) -> None:
+    @torch.no_grad()
+    def open_experts(self, experts: list[int], others_E: Tensor, *, recycled: bool) -> None:
+        """Let new experts take part, at the mean bias of the others.
+
+        Args:
+            experts: numbers of the new ones.
+            others_E: bool [E], those that took part and go on as they are; on the host.
+            recycled: the new ones took the place of dead ones.
+        """
+        others = others_E.to(self.controller_bias_E.device)
+        bias = torch.where(others, self.controller_bias_E, 0.0).sum() / others.sum().clamp(min=1)
+        self.controller_bias_E[experts] = bias
+        self.active_E[experts] = True
+        self.idle_steps_E[experts] = 0
+        self.load_mean_E[experts] = 0.0
+        if recycled:
+            self.recycled_1 += len(experts)
+
+
+def update_controllers(
+    model: nn.Module, rewrite: Rewrite | None = None, *, skipped: bool = False
+) -> None:
     """Move the controller of every DynMoE layer; call it after each optimizer step, on all ranks.
 
     One all-reduce of integer counts for all layers together over the default process group (when
     there is one), so that the controllers stay bitwise alike; no host sync. After a skipped step
-    (alike on all ranks) nothing moves, and what was counted is forgotten.
+    (alike on all ranks) nothing moves, and what was counted is forgotten. Every `dead_window` steps
+    the pool is looked after, too (`expert_pool.py`).
+
+    Args:
+        model: holds the layers.
+        rewrite: how new experts get into weights and optimizer state (`Engine.rewrite`); None
+            writes into the parameters of a model that has neither engine nor moments.
+        skipped: the optimizer step was skipped.
     """
-    layers = [module for module in model.modules() if isinstance(module, DynMoe)]
+    named = {p: m for p, m in model.named_modules() if isinstance(m, DynMoe)}
+    layers = list(named.values())
     if not layers:
         return
     if skipped:
         for layer in layers:
             layer.counts_X.zero_()
+            layer.seen_X.zero_()
         return
     counts = torch.cat([layer.counts_X for layer in layers])
     if dist.is_available() and dist.is_initialized():
@@ -370,6 +457,11 @@ def update_controllers(model: nn.Module, *, skipped: bool = False) -> None:
     sizes = [layer.counts_X.numel() for layer in layers]
     for layer, part in zip(layers, torch.split(counts, sizes), strict=True):
         layer.control(part)
+    due = {p: m for p, m in named.items() if m.steps_done() % m.cfg.dead_window == 0}
+    if due:
+        renew_experts(due, rewrite or plain_rewrite(model))
+        for layer in due.values():
+            layer.seen_X.zero_()
 
 
 def build_ffn(cfg: DynMoeConfig, width: int) -> DynMoe | DenseFfn:

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CLOSED_Z = -1e3
+"""An expert whose logit lies below does not exist yet."""
+
 
 class _CosineScores(torch.autograd.Function):
     """Cosines that keep x as it came (bf16) for the backward instead of an fp32 copy."""
@@ -125,10 +128,10 @@ def explore(z_TE: Tensor, fired_TE: Tensor, step_1: Tensor, stride: int, first: 
     The choice is a hash of the step and of the token's index, so that it needs no generator and no
     host, is the same when the forward is recomputed, and does not hang on the last bit of a score:
     however the work is spread over ranks, the same tokens explore the same experts. A token for
-    which every expert fired explores none.
+    which every expert fired explores none, and an expert that is closed (z below CLOSED_Z) is none.
 
     Args:
-        z_TE: logits, for the shape.
+        z_TE: logits that choose; only tells who is closed.
         fired_TE: bool, who fired.
         step_1: int64 [1], the optimizer step.
         stride: tokens per token that explores.
@@ -145,7 +148,8 @@ def explore(z_TE: Tensor, fired_TE: Tensor, step_1: Tensor, stride: int, first: 
     for factor in (0x2C1B3C6D, 0x297A2D39):
         hash_ME = ((hash_ME ^ (hash_ME >> 15)) * factor) & 0x7FFFFFFF
     hash_ME = hash_ME ^ (hash_ME >> 15)
-    best_M = torch.where(fired_TE[safe_M], -1, hash_ME).max(1)
+    shut_ME = fired_TE[safe_M] | (z_TE[safe_M] < CLOSED_Z)
+    best_M = torch.where(shut_ME, -1, hash_ME).max(1)
     # Places that explore nothing go to a row past the end.
     target_M = torch.where(inside_M & (best_M.values >= 0), token_M, tokens)
     explored = torch.zeros(tokens + 1, experts, dtype=torch.bool, device=device)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,15 +29,21 @@ from kernels.experts.bench import (
     Clock,
     base_case,
     built,
+    changed,
     layer_call,
     print_kernels,
     print_times,
     time_in_turns,
     variants,
 )
-from kernels.experts.spec import ProductTiles, Tiles
-from kernels.experts.triton_activation import activation_backward_triton, activation_triton
+from kernels.experts.spec import MEASURED, ProductTiles, Tiles
+from kernels.experts.triton_activation import (
+    HiddenRows,
+    activation_backward_triton,
+    activation_triton,
+)
 from kernels.experts.triton_check import Case
+from kernels.experts.triton_lesson import RouterGrads, direction_grads_triton, lesson_triton
 from kernels.experts.triton_products import (
     ALIGN,
     down_product,
@@ -46,7 +53,12 @@ from kernels.experts.triton_products import (
     weight_gradient,
 )
 from kernels.experts.triton_route import Routing, route_triton
-from kernels.experts.triton_rows import spread_triton
+from kernels.experts.triton_rows import (
+    combine_dx_triton,
+    combine_triton,
+    norm_triton,
+    spread_triton,
+)
 
 _N128 = [
     Tiles(n=128, stages=4, flatten=False),
@@ -191,39 +203,97 @@ def _ms(call: Callable[[], Any], rounds: int = 7) -> float:
     return statistics.median(times)
 
 
-def dummy(sizes: Sequence[int]) -> Work:
+def dummy(base: Case) -> Work:
     """Operands of the right types and shapes that nothing had to be computed for."""
-    experts = sizes[1]
-    case = base_case([experts, *sizes[1:]], 4.0)
-    ints = torch.zeros(experts * ALIGN, dtype=torch.int32, device="cuda")
-    floats = torch.zeros(experts * ALIGN, device="cuda")
-    ends = torch.arange(1, experts + 1, dtype=torch.int32, device="cuda") * ALIGN
-    r = Routing._make([*[floats] * 9, ints, floats, ends])
-    x, w_in, w_out = (case.leaves[i].detach() for i in (0, 4, 5))
+    (T, _), E = base.grad_TC.shape, base.leaves[1].shape[0]
+    K, P = base.spec.route.slots(E), E * ALIGN
 
-    def rows(width: int) -> Tensor:
-        return torch.zeros(len(ints), width, dtype=torch.bfloat16, device="cuda")
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device="cuda")
 
-    inner = rows(w_in.shape[1])
-    hidden = rows(w_out.shape[2])
-    return Work(case, r, x, w_in, w_out, x, x, inner, hidden, inner)
+    integers = torch.int32
+    r = Routing(
+        zeros(T, E), zeros(T, E), zeros(T, E), zeros(T, E, dtype=torch.int8), zeros(T), zeros(E),
+        zeros(T, E, dtype=integers), zeros(T, K, dtype=integers), zeros(T, K),
+        zeros(P, dtype=integers), zeros(P),
+        torch.arange(1, E + 1, dtype=integers, device="cuda") * ALIGN,
+    )  # fmt: skip
+    x, w_in, w_out = (base.leaves[i].detach() for i in (0, 4, 5))
+    inner = zeros(P, w_in.shape[1], dtype=torch.bfloat16)
+    hidden = zeros(P, w_out.shape[2], dtype=torch.bfloat16)
+    rows = zeros(P, x.shape[1], dtype=torch.bfloat16)
+    return Work(base, r, x, w_in, w_out, rows, rows, inner, hidden, inner)
 
 
-def warm(part: int, parts: int, sizes: Sequence[int]) -> None:
-    """Compile every parts-th thing that will be timed; it only fills Triton's cache."""
+def _layer_jobs(base: Case, products: ProductTiles) -> list[Callable[[], Any]]:
+    """Every kernel of a layer on its own, so that they compile side by side."""
+    w = dummy(base)
+    r, spec, router = w.routing, base.spec, base.router([leaf.detach() for leaf in base.leaves])
+    T, E = r.s_TE.shape
+    teach = spec.surprise is not None
+    unit = base.loss_scale if teach else None
+    norm = torch.zeros(T, device="cuda") if teach else None
+    F_ = w.h_PF.shape[1]
+    parts = triton.cdiv(F_, 128) if products.dh is not None else 1
+    row = torch.zeros(parts, len(r.token_P), device="cuda")
+    hidden = HiddenRows(
+        w.h_PF, w.dinner_PI, None, row, row if teach else None, row if teach else None
+    )
+    grads = RouterGrads(
+        r.s_TE, r.x_inv_T, torch.zeros(triton.cdiv(T, 32), 4, E, device="cuda"),
+        torch.zeros(triton.cdiv(T, 32), 4, device="cuda"),
+    )  # fmt: skip
+    jobs: list[Callable[[], Any]] = [
+        lambda: lesson_triton(r, hidden, norm, unit, router.log_tau, spec),
+        lambda: route_triton(w.x_TC, *router, spec.route, products.align),
+        lambda: combine_dx_triton(
+            w.x_PC, r.slot_TK, r.gate_TK, w.x_TC, grads.a_TE, grads.centre_T, router.direction_EC
+        ),
+        lambda: direction_grads_triton(
+            grads, w.x_TC, router.direction_EC, router.theta_E, router.log_tau, r.w_inv_E, None
+        ),
+        lambda: (combine_triton(w.x_PC, r.slot_TK, r.gate_TK, True), norm_triton(w.x_TC)),
+        lambda: spread_triton(w.x_TC, r.slot_TK, r.token_P, r.ends_E, products.align),
+    ]
+    own = {f.name: getattr(products, f.name) for f in dataclasses.fields(products)}
+    for name, tiles in own.items():
+        if name == "dh" and tiles is not None:
+            jobs.insert(
+                0,
+                lambda tiles=tiles: hidden_gradients(  # type: ignore[misc]
+                    "swiglu", base.grad_TC, w.w_out_ECF, w.inner_PI, None, r, unit, tiles
+                ),
+            )
+        elif tiles is not None:
+            jobs.insert(0, own_product(w, name, tiles))
+    return jobs
+
+
+def warm(part: int, parts: int, sizes: Sequence[int], everything: bool) -> None:
+    """Compile every parts-th kernel that will be timed; it only fills Triton's cache."""
     torch.set_num_threads(1)
-    jobs: list[Callable[[], Any]] = []
-    base = base_case([2048, *sizes[1:]], 4.0)
-    for name, build in variants(base, 4.0).items():
-        if name.startswith("ours"):
-            jobs.append(lambda build=build: build()())  # type: ignore[misc]
-    whole = ProductTiles(**{name: found[0] for name, found in CANDIDATES.items()})
-    spec = dataclasses.replace(base.spec, products=whole)
-    jobs.append(layer_call(base._replace(spec=spec)))
-    work = dummy(sizes)
-    for name, found in CANDIDATES.items():
-        for tiles in found:
-            jobs.append(own_product(work, name, tiles))
+    base = base_case(sizes, 4.0)
+    quiet = changed(base, surprise=False, stride=0)
+    jobs = _layer_jobs(base, MEASURED) + _layer_jobs(quiet, MEASURED)
+    work = dummy(base)
+    jobs.append(own_product(work, "dx", Tiles()))
+    jobs.append(
+        lambda: activation_backward_triton(
+            "swiglu",
+            work.inner_PI,
+            work.h_PF,
+            None,
+            work.routing.token_P,
+            work.routing.gate_P,
+            work.ends,
+            base.loss_scale,
+        )
+    )
+    jobs.append(
+        lambda: activation_triton("swiglu", work.inner_PI, None, work.routing.token_P, work.ends)
+    )
+    for name, found in CANDIDATES.items() if everything else ():
+        jobs.extend(own_product(work, name, tiles) for tiles in found)
     for job in jobs[part::parts]:
         try:
             job()
@@ -232,9 +302,12 @@ def warm(part: int, parts: int, sizes: Sequence[int]) -> None:
     torch.cuda.synchronize()
 
 
-def compile_all(sizes: Sequence[int], processes: int, clock: Clock) -> Callable[[], None]:
+def compile_all(
+    sizes: Sequence[int], processes: int, clock: Clock, everything: bool = False
+) -> Callable[[], None]:
     """Start parallel processes that fill Triton's cache; returns what waits for them."""
     words = [sys.executable, "-m", "kernels.experts.sweep", "--sizes", ",".join(map(str, sizes))]
+    words += ["--everything"] if everything else []
     running = [
         subprocess.Popen([*words, "--warm", str(i), str(processes)]) for i in range(processes)
     ]
@@ -304,17 +377,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--limit", type=float, default=600.0, help="seconds after which no part starts")
     p.add_argument("--processes", type=int, default=14, help="compiling at the same time")
     p.add_argument("--warm", type=int, nargs=2, help=argparse.SUPPRESS)
+    p.add_argument("--everything", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args(arguments)
     if not torch.cuda.is_available():
         print("the sweep needs a CUDA device, and torch sees none")
         return 1
     sizes = [int(n) for n in a.sizes.split(",")]
     if a.warm is not None:
-        warm(a.warm[0], a.warm[1], sizes)
+        warm(a.warm[0], a.warm[1], sizes, a.everything)
         return 0
     clock = Clock(a.limit)
-    wait = compile_all(sizes, a.processes, clock)
-    base = base_case(sizes, 4.0)
+    wait = compile_all(sizes, a.processes, clock, everything=True)
+    base = base_case(sizes, 4.0, ProductTiles())
     dense = built({n: b for n, b in variants(base, 4.0).items() if n.startswith("dense")}, clock)
     wait()
     plain = built({"ours, torch's products": lambda: layer_call(base)}, clock)
@@ -328,6 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     best_case = base._replace(spec=spec)
     print_kernels("winner", layer_call(best_case), each=True)
     builders = {n: b for n, b in variants(best_case, 4.0).items() if not n.startswith("dense")}
+    builders.pop("ours, torch's products")
     times = time_in_turns({**dense, **plain, **built(builders, clock)}, 10)
     print_times(f"{sizes}, with the winner", times)
     if a.json is not None:

@@ -68,12 +68,16 @@ def random_case(
     surrogate_width: float = 1.0,
     bias_weighs: bool = True,
     favour: int | None = None,
+    closed: int = 0,
     products: ProductTiles | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
 ) -> Case:
-    """Draw a layer whose tokens fire about `mean` experts; `favour` sends all to that one."""
+    """Draw a layer whose tokens fire about `mean` experts; `favour` sends all to that one.
+
+    The last `closed` experts do not exist yet.
+    """
     # On the device itself: a host takes seconds for half a billion numbers.
     g = torch.Generator(device).manual_seed(seed)
 
@@ -96,6 +100,8 @@ def random_case(
     if favour is not None:
         bias_E += 100.0
         bias_E[favour] -= 200.0
+    if closed:
+        bias_E[-closed:] = 1e4
     spec = LayerSpec(
         activation=activation,
         route=RouteSpec(width**0.5, theta_0, fewest, most, bias_weighs, stride),
@@ -136,7 +142,7 @@ def wrong_decisions(case: Case, routing: Routing, tolerance: float) -> list[str]
     explored = routing.state_TE == 2
     wanted = torch.zeros_like(explored)
     if spec.stride:
-        wanted = explore(z, fired, router.step_1, spec.stride, router.first)
+        wanted = explore(biased, fired, router.step_1, spec.stride, router.first)
     if not torch.equal(explored, wanted):
         bad.append("not exactly the chosen tokens explore the chosen expert each")
     p = torch.softmax(torch.where(fired, routing.z_TE.double(), -torch.inf), 1)

@@ -63,13 +63,14 @@ class Routing(NamedTuple):
 
 
 @triton.jit
-def _explored_column(seed, fired, columns, E):  # type: ignore[no-untyped-def]
+def _explored_column(seed, fired, biased, columns, E):  # type: ignore[no-untyped-def]
     """Column of the largest hash among the experts that did not fire, and that hash (-1: none)."""
     mixed = (seed[:, None] + 40503 * (columns + 1).to(tl.int64)[None, :]) & 0x7FFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 0x297A2D39) & 0x7FFFFFFF
     mixed = mixed ^ (mixed >> 15)
-    open_ = (columns < E)[None, :] & (fired == 0)
+    # See CLOSED_Z in router.py.
+    open_ = (columns < E)[None, :] & (fired == 0) & (biased >= -1e3)
     score = tl.where(open_, mixed, -1).to(tl.int32)
     return tl.max(score, axis=1), tl.argmax(score, axis=1)
 
@@ -155,7 +156,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
         step = tl.load(step_ptr)
         token = rows.to(tl.int64) + first
         seed = token * 0x9E3779B1 + step * 0x85EBCA6B
-        hash_, column = _explored_column(seed, fired, columns, E)
+        hash_, column = _explored_column(seed, fired, biased, columns, E)
         explores = (token % stride == (step * 2654435761) % stride) & (hash_ >= 0)
         state = tl.where(explores[:, None] & (columns[None, :] == column[:, None]), 2, state)
     state = tl.where(row_mask[:, None] & column_mask[None, :], state, 0)

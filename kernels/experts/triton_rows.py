@@ -98,13 +98,18 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, BLOCK_W)
     mask = columns < W
     total = tl.zeros([BLOCK_W], dtype=tl.float32)
-    for k in range(K):
+    # Unrolled and without branches, so that the rows are fetched at the same time.
+    for k in tl.static_range(K):
         place = tl.load(slot_ptr + t * K + k)
         gate = tl.load(gate_ptr + t * K + k)
         # A row of weight 0 (explored) is not fetched.
-        if (place >= 0) & (gate != 0):
-            row = tl.load(rows_ptr + place.to(tl.int64) * W + columns, mask=mask, other=0.0)
-            total += row.to(tl.float32) * gate if WEIGHTED else row.to(tl.float32)
+        width = tl.where((place >= 0) & (gate != 0), W, 0)
+        row_at = rows_ptr + place.to(tl.int64) * W + columns
+        row = tl.load(row_at, mask=columns < width, other=0.0)
+        row = row.to(tl.float32)
+        if WEIGHTED:
+            row *= gate
+        total += row
     tl.store(out_ptr + t * W + columns, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -154,7 +159,7 @@ def _combine_dx_kernel(  # type: ignore[no-untyped-def]
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     centre = tl.load(centre_ptr + tokens, mask=token_mask, other=0.0)
     total -= x * centre[:, None]
-    for k in range(K):
+    for k in tl.static_range(K):
         place = tl.load(slot_ptr + wide * K + k, mask=token_mask, other=-1)
         gate = tl.load(gate_ptr + wide * K + k, mask=token_mask, other=0.0)
         has = ((place >= 0) & (gate != 0))[:, None] & column_mask[None, :]
@@ -187,7 +192,7 @@ def combine_dx_triton(
     out_TC = torch.empty_like(x_TC)
     half = x_TC.dtype == torch.bfloat16 and direction_EC.dtype == torch.bfloat16
     # An fp32 product has no tensor core and keeps its operands in registers.
-    block_t, block_c = 32, min(128 if half else 32, max(16, triton.next_power_of_2(C)))
+    block_t, block_c = 16, min(128 if half else 32, max(16, triton.next_power_of_2(C)))
     _combine_dx_kernel[(triton.cdiv(T, block_t), triton.cdiv(C, block_c))](
         rows_PC, slot_TK, gate_TK, x_TC, a_TE, centre_T, direction_EC, out_TC, T,
         C=C, E=E, K=K, HALF=half, BLOCK_T=block_t, BLOCK_C=block_c,

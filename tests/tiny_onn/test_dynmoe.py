@@ -112,7 +112,7 @@ def test_the_controller_brings_a_drifting_stream_back_to_the_target():
 
 
 def test_idle_experts_are_pulled_back():
-    m = layer(target_experts=2.0)
+    m = layer(target_experts=2.0, recycle=False)
     with torch.no_grad():
         m.theta_E[3] += 6.0
     m.record = True
@@ -272,6 +272,8 @@ def test_stats_are_kept_only_while_recording_and_hold_no_graph():
         "experts_per_token_counts": (5,),
         "expert_load": (8,),
         "dead_experts": (),
+        "active_experts": (),
+        "recycled_experts": (),
         "router_entropy": (),
         "expert_surprise": (8,),
         "surprise": (),
@@ -312,6 +314,9 @@ def test_dense_has_the_same_active_width_and_the_same_call():
         ({"dead_window": 0}, "dead_window"),
         ({"balance_gain": -1.0}, "balance_gain"),
         ({"expert_hidden": 0}, "expert_hidden"),
+        ({"max_pool": 4}, "max_pool"),
+        ({"max_pool": 16, "surprise": "off"}, "max_pool"),
+        ({"grow_share": 0.0}, "grow_share"),
     ],
 )
 def test_impossible_configurations_are_refused_by_name(changes, named):

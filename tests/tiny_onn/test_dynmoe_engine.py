@@ -71,7 +71,7 @@ def train(
         torch.distributed.all_reduce(total)
         losses.append(float(total) / TOKENS)
     buffers = [b.clone() for _, b in engine.module.named_buffers()]
-    assert all(b.dtype in (torch.float32, torch.int64) for b in buffers)
+    assert all(b.dtype in (torch.float32, torch.int64, torch.bool) for b in buffers)
     return losses, buffers
 
 
