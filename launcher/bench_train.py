@@ -117,11 +117,21 @@ def _run(words: Sequence[str], run: Path, lines: int) -> list[dict[str, Any]]:
         process.kill()
         process.wait()
         # The ranks follow their launcher; the next run needs their memory.
-        psutil.wait_procs(ranks, timeout=60)
+        deadline = time.monotonic() + 60
+        while any(map(_alive, ranks)) and time.monotonic() < deadline:
+            time.sleep(0.05)
         if len(rows) < lines:
             output.seek(0)
             raise RuntimeError(f"{run.name}: {output.read()[-3000:]}")
     return rows
+
+
+def _alive(process: psutil.Process) -> bool:
+    """Whether a process still holds memory; one that nobody has reaped does not."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def config_of(run: Path) -> RunConfig:

@@ -130,9 +130,11 @@ def derive(stats: ModelStats) -> None:
         if load is None or load.numel() < 2 or not float(load.sum()) > 0:
             continue
         share = load / load.sum()
-        entropy = -(share * share.clamp(min=1e-30).log()).sum() / math.log(load.numel())
+        # A pool that can still grow has room for experts that do not exist yet.
+        experts = max(float(values.get("active_experts", load.new_tensor(load.numel()))), 2.0)
+        entropy = -(share * share.clamp(min=1e-30).log()).sum() / math.log(experts)
         values.setdefault("load_entropy", entropy)
-        values.setdefault("load_max", share.max() * load.numel())
+        values.setdefault("load_max", share.max() * experts)
         values.setdefault("dead_experts", (load == 0).sum().double())
 
 
@@ -177,8 +179,8 @@ def tag(path: str, name: str) -> str:
 def scalars(stats: ModelStats) -> dict[str, float]:
     """Return every 0-D statistic by tag, and its overall value by `group/name`.
 
-    Overall is the mean over the layers that know it, except for counts (`dead_experts` and names
-    that are summed over ranks), which are added up.
+    Overall is the mean over the layers that know it, except for counts (`dead_experts`,
+    `recycled_experts` and names that are summed over ranks), which are added up.
     """
     out: dict[str, float] = {}
     layers: dict[str, list[float]] = defaultdict(list)
@@ -190,7 +192,7 @@ def scalars(stats: ModelStats) -> dict[str, float]:
                 if layer is not None and math.isfinite(float(value)):
                     layers[f"{group}/{name}"].append(float(value))
     for name, values_ in layers.items():
-        counted = name.endswith((*SUMMED, "dead_experts"))
+        counted = name.endswith((*SUMMED, "dead_experts", "recycled_experts"))
         out[name] = sum(values_) if counted else sum(values_) / len(values_)
     return out
 

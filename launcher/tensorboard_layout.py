@@ -32,6 +32,8 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "load entropy by layer (1 is balanced)": (r"moe/layer_\d+/load_entropy",),
         "greatest load by layer (1 is balanced)": (r"moe/layer_\d+/load_max",),
         "dead experts": ("moe/dead_experts", r"moe/layer_\d+/dead_experts"),
+        "recycled experts so far": ("moe/recycled_experts", r"moe/layer_\d+/recycled_experts"),
+        "experts in the pool by layer": (r"moe/layer_\d+/active_experts",),
         "surprise by layer": (r"moe/layer_\d+/surprise",),
         "router loss by layer, nats": (r"moe/layer_\d+/router_loss",),
         "router entropy by layer, nats": (r"moe/layer_\d+/router_entropy",),
