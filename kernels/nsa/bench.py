@@ -368,6 +368,9 @@ CHECKS: tuple[dict[str, Any], ...] = (
     {"lengths": [1300], "heads": 16, "groups": 1, "dim": 128, "magnitude": 3e3},
     {"lengths": [1300], "heads": 16, "groups": 1, "dim": 64, "equal": True},
     {"lengths": [65, 700], "heads": 12, "groups": 3, "dim": 64},
+    # As above, but rows of [H, T] start on 16 bytes: the Gluon kernels take these.
+    {"lengths": [1, 15, 31, 32, 33, 63, 64, 65, 127, 1105], "heads": 16, "groups": 1, "dim": 128},
+    {"lengths": [64, 700], "heads": 12, "groups": 3, "dim": 64},
 )
 
 

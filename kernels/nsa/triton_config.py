@@ -59,7 +59,7 @@ _HOPPER = KernelConfigs(
     forward=TileConfig(128, 128, 8, 2, gluon=True),
     window_forward=TileConfig(128, 128, 8, 2, gluon=True),
     finish=TileConfig(128, 128, 8, 2),
-    grad_q=TileConfig(64, 64, 4, 2),
+    grad_q=TileConfig(64, 64, 4, 2, gluon=True),
     grad_kv=TileConfig(64, 128, 8, 3, gluon=True),
     window_grad_kv=TileConfig(64, 128, 8, 2, gluon=True),
     score=TileConfig(64, 128, 4, 2),

@@ -242,11 +242,14 @@ def tile_sources(rows: int, *tensors: Tensor) -> tuple[list[Any], bool]:
 
 
 def gluon_takes(*tensors: Tensor) -> bool:
-    """Tell whether the copy engine takes all of these; rows of [N, G, D] are 64 or 128 wide."""
+    """Tell whether the copy engine takes all of these; rows of [N, G, D] are 64 or 128 wide.
+
+    Rows of [H, T] must start on 16 bytes: where they do not, the copy is an illegal instruction.
+    """
     return all(
         x.data_ptr() % 16 == 0
         and (
-            x.is_contiguous()
+            x.is_contiguous() and x.shape[1] * x.element_size() % 16 == 0
             if x.ndim == 2
             else x.shape[2] in {64, 128} and x.stride(1) == x.shape[2] and x.stride(0) % 16 == 0
         )
