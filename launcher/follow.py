@@ -73,6 +73,8 @@ class Follower:
             self._evaluate(step)
             since = time.monotonic()
         if self.c.mesh.is_first:
+            # Made when the components were built, also where there was nothing to evaluate.
+            shutil.rmtree(self.held, ignore_errors=True)
             self._writer.close()
             self._lines.close()
         return why
