@@ -52,7 +52,11 @@ class Machine:
         pcie: bytes/s between a GPU and host memory, each way.
         host_memory: bytes/s of a node's memory that a host-side optimizer reaches.
         hop: seconds that a message needs to another node; within one a tenth of it.
-        block_seconds: host time to launch a block's forward and backward; a floor for its kernels.
+        block_seconds: host time to launch a dense block's forward and backward: a floor for the
+            time of its kernels, as are the next three.
+        nsa_seconds: what NSA adds to that.
+        dynmoe_seconds: what DynMoE with its table adds.
+        ranks_seconds: what ZeRO-3's gathers and hooks add with more than one rank.
         reserve: share of a GPU's memory lost to fragmentation, the CUDA context and NCCL.
         efficiency: see `EFFICIENCY`.
     """
@@ -66,7 +70,10 @@ class Machine:
     pcie: float = 50e9
     host_memory: float = 250e9
     hop: float = 8e-6
-    block_seconds: float = 0.012
+    block_seconds: float = 0.011
+    nsa_seconds: float = 0.009
+    dynmoe_seconds: float = 0.003
+    ranks_seconds: float = 0.008
     reserve: float = 0.08
     efficiency: Mapping[str, float] = field(default_factory=lambda: dict(EFFICIENCY))
 

@@ -75,17 +75,17 @@ def attention_saved(job: Job) -> float:
 def ffn_saved(job: Job) -> float:
     """What autograd keeps of a block's feed-forward.
 
-    Norm: (4 + c)·t·C. Output that DeepEmbed scales, and its factors: 2c·t·C. Experts: x (c·t·C),
+    Norm: (4 + c)·t·C. Output (or hidden factors) that DeepEmbed scales: c·t·C (c·t·F). Experts:
     routing tables (17 bytes per token and expert), inner products c·pairs·I with 8 bytes per pair.
     Dense: c·t·(I + F).
     """
     s, c, t = job.shape, COMPUTE, job.shard
     out = (4 + c) * t * s.width
     if s.deepembed != "off":
-        out += 2 * c * t * (s.width if s.deepembed == "output" else s.hidden)
+        out += c * t * (s.width if s.deepembed == "output" else s.hidden)
     if s.ffn == "dense":
         return float(out + c * t * (job.inner + s.hidden))
-    out += c * t * s.width + 17 * t * s.experts + job.pairs * (c * job.inner + 8)
+    out += 17 * t * s.experts + job.pairs * (c * job.inner + 8)
     if s.shared_hidden:
         out += c * t * s.shared_hidden * (3 if s.gated else 2)
     return float(out)

@@ -172,12 +172,16 @@ def measured_points(results: Mapping[str, Any], machine: Machine) -> list[Point]
 
 
 def correction_for(job: Job, points: list[Point]) -> Point | None:
-    """Return the measured run most like the job: same kinds, nearest length; None without one."""
+    """Return the measured run most like the job: kinds, one or several ranks, tokens; or None."""
     kinds = (job.shape.attention, job.shape.ffn)
     alike = [p for p in points if (p.job.shape.attention, p.job.shape.ffn) == kinds]
     if not alike:
         return None
-    return min(alike, key=lambda p: abs(p.job.shard - job.shard) / job.shard + (p.job.world < 2))
+
+    def unlike(p: Point) -> tuple[bool, float]:
+        return (p.job.world > 1) != (job.world > 1), abs(p.job.shard - job.shard)
+
+    return min(alike, key=unlike)
 
 
 def config_from(flat: Mapping[str, Any]) -> RunConfig:

@@ -115,6 +115,15 @@ def flow_seconds(job: Job, flow: Flow) -> float:
     return max(flow.nvlink / job.machine.nvlink, flow.network / job.machine.network)
 
 
+def launch_seconds(job: Job) -> float:
+    """Seconds that the host needs to launch a step: per block and pass, by its kinds."""
+    machine = job.machine
+    block = machine.block_seconds + machine.ranks_seconds * (job.world > 1)
+    block += machine.nsa_seconds * (job.shape.attention == "nsa")
+    block += machine.dynmoe_seconds * (job.shape.ffn == "dynmoe")
+    return block * job.shape.layers * job.micro_batches
+
+
 def ring_latency(job: Job) -> float:
     """Seconds of ZeRO-3's hops in a step: 3 collectives per block and pass, N - 1 hops each."""
     hops = (job.nodes - 1) + 0.1 * (job.world - job.nodes)
@@ -130,7 +139,7 @@ def step_seconds(job: Job, correction: float = 1.0) -> dict[str, float]:
     """
     flows = communication(job)
     kernels = sum(compute_seconds(job).values())
-    launching = job.machine.block_seconds * job.shape.layers * job.micro_batches
+    launching = launch_seconds(job)
     compute = max(kernels, launching) * correction
     zero = flow_seconds(job, flows["zero gathers"]) + flow_seconds(job, flows["zero reductions"])
     zero += ring_latency(job)
