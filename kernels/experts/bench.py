@@ -52,7 +52,9 @@ def check_case(name: str, dtype: torch.dtype, device: str = "cuda") -> Case:
     taught = SurpriseSpec(temperature=0.7, ce_weight=0.3, coefficient=0.5)
     kwargs = {"surprise": taught, "stride": 7, **CHECKS[name]}
     sizes = kwargs.pop("sizes")
-    return random_case(*sizes, dtype=dtype, device=device, **kwargs)
+    # As the model does: ours need tensor cores.
+    products = MEASURED if dtype == torch.bfloat16 else ProductTiles()
+    return random_case(*sizes, dtype=dtype, device=device, products=products, **kwargs)
 
 
 def check_failures(name: str, dtype: torch.dtype) -> tuple[list[str], float]:
