@@ -6,6 +6,7 @@ Started by `launcher.ranks`, never by hand.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from launcher.redact import redact
 from launcher.resume import restore
 from launcher.train import Trainer
 from parallel.checkpoint import CheckpointError
+from parallel.checkpoint_files import write_error
 from parallel.deepspeed_env import DeepSpeedError
 from parallel.mesh import MeshError
 from parallel.table_layout import TableError
@@ -88,11 +90,18 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pi
 """What a collective call over TCP says when the process at the other end is gone."""
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What the disk of a run's folder answers when nothing can be written there any more."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns its exit code."""
     try:
         return run(argv)
     except EXPECTED as e:
+        if isinstance(e, OSError) and e.errno in DISK_ERRORS:
+            # Some writers (logs, TensorBoard) do not say which of the run's files it was.
+            e = write_error(Path(e.filename or Path(argv[0]).parents[1]), e)
         _end(argv, str(e))
     except RuntimeError as e:
         if not any(text in str(e) for text in LOST_PEER):

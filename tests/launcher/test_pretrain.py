@@ -139,8 +139,10 @@ def test_a_full_disk_and_a_read_only_one_are_told_and_mended_the_run_goes_on(
         code, output = finish(tiny_onn("pretrain", path))
         assert code == 1, output
         assert "No space left on device" in output and "bytes free there" in output
-        assert f"{run}/checkpoints/step-00000008" in output
+        # A log of the run may meet the full disk before the checkpoint that filled it does.
+        assert f"{run}" in output and "Free some space" in output
         assert (run / "checkpoints" / "step-00000004" / "COMMITTED").exists()
+        assert not (run / "checkpoints" / "step-00000008" / "COMMITTED").exists()
         mount("remount,ro", run.parent)
         code, output = finish(tiny_onn("pretrain", path))
         assert code == 1
