@@ -99,7 +99,10 @@ MEASURED = ProductTiles(
     dw_in=Tiles(stages=5),
     dw_out=Tiles(stages=5),
 )
-"""The fastest for bf16 on an H100 at width 2,048 and 64 experts of 1,024 (`sweep.py`)."""
+"""Ours where one was faster alone on an H100 (bf16, width 2,048, 64 experts of 1,024; `sweep.py`).
+
+As a whole layer another set was 2 % faster in that one sweep: measure before relying on it.
+"""
 
 
 @dataclass(frozen=True)
