@@ -69,7 +69,7 @@ def tiny_onn(*words: str | Path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout: float = 480) -> tuple[int, str]:
     """Wait for the end; returns the exit code and the output."""
     try:
         output, _ = process.communicate(timeout=timeout)
