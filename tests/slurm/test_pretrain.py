@@ -114,7 +114,8 @@ def test_a_time_limit_saves_and_the_next_try_goes_on(trial: Submission) -> None:
     trial.wait(lambda: len(trial.steps()) > saved, 180, "the next try goes on")
     (trial.run / "STOP").touch()
     assert trial.wait_finished(60) == "COMPLETED", trial.output()
-    assert trial.cluster.job(trial.job)["Restarts"] == "1"
+    # On a slow machine a try of one minute may end before its first step, and goes back once more.
+    assert int(trial.cluster.job(trial.job)["Restarts"]) >= 1
     assert not (trial.run / "DONE").exists()
     check_continuous(trial)
     assert trial.committed() == len(trial.steps())
