@@ -150,7 +150,7 @@ def stages(  # noqa: PLR0915  (a list of launches)
         compress(vc, maps[2], maps[3], layout, spec)
 
     def compress_both_backward() -> None:
-        compress_backward(dk, kc, maps[0], maps[1], layout, spec)
+        compress_backward(dk, kc, maps[0], maps[1], layout, spec, keys=True)
         compress_backward(dv, vc, maps[2], maps[3], layout, spec)
 
     pairs_c, pairs_s, pairs_w = (2.0 * H * x for x in visible_pairs(case.docs, spec))

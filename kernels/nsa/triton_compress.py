@@ -222,8 +222,15 @@ def compress_backward(
     position_lD: Tensor | None,
     layout: PackedLayout,
     spec: NsaSpec,
+    *,
+    keys: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `compress` with respect to x, weight and position, each in its own dtype."""
+    """Gradients of `compress` with respect to x, weight and position, each in its own dtype.
+
+    With `keys` the position's is zero: its term moves all compressed keys alike, so every score of
+    a query by the same amount, which no softmax notices. A sum over dout is rounding errors only,
+    which Adam would scale to whole steps.
+    """
     T, G, D = x_TGD.shape
     E = dout_NGE.shape[2]
     NC, BN = layout.n_slots, 64
@@ -272,7 +279,10 @@ def compress_backward(
         num_warps=8,
         num_stages=3,
     )
+    dweight = partial.sum(0).to(weight_lDE.dtype)
+    if keys:
+        return dx, dweight, torch.zeros_like(position_lD)
     # Padding slots are seen by no query, so their gradient rows are zero and may join the sum.
     total_E = dout_NGE.sum((0, 1), dtype=torch.float32)
     dposition = (weight.flatten(0, 1) @ total_E.to(weight.dtype)).view(position_lD.shape)
-    return dx, partial.sum(0).to(weight_lDE.dtype), dposition.to(position_lD.dtype)
+    return dx, dweight, dposition.to(position_lD.dtype)

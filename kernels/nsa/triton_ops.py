@@ -176,7 +176,9 @@ def run_backward(
         q, kc, vc, do, folded[0], delta[0], layout.slots[2], layout.slots[3], scale,
         configs.grad_kv, splits=H // k_slc.shape[1],
     )  # fmt: skip
-    dk_cmp, *dphi_k = compress_backward(dkc, k_cmp, phi_k_weight, phi_k_position, layout, spec)
+    dk_cmp, *dphi_k = compress_backward(
+        dkc, k_cmp, phi_k_weight, phi_k_position, layout, spec, keys=True
+    )
     dv_cmp, *dphi_v = compress_backward(dvc, v_cmp, phi_v_weight, phi_v_position, layout, spec)
     maps = [g for g in (*dphi_k, *dphi_v) if g is not None]
     return [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates, *maps]
