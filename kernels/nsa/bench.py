@@ -14,6 +14,7 @@ import json as json_module
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.documents import Documents
+from kernels.nsa.gpu_checks import CHECKS, FIELDS, check_apart
 from kernels.nsa.spec import NsaSpec
-from kernels.nsa.triton_check import Case, compare, random_case
+from kernels.nsa.triton_check import Case, random_case
 
 Stage = tuple[Callable[[], Any], float, float]
 """Launch, floating-point operations, bytes of inputs and outputs."""
@@ -77,7 +79,7 @@ def stages(  # noqa: PLR0915  (a list of launches)
     T, H, D = q.shape
     G, DV = vs.shape[1:]
     spec, layout = case.spec, packed_layout(case.docs, case.spec)
-    configs = kernel_configs() if configs is None else configs
+    configs = kernel_configs(D) if configs is None else configs
     scale = D**-0.5
     token, seen = layout.tokens, layout.window
     maps = maps or [None] * 4  # type: ignore[list-item]
@@ -353,37 +355,19 @@ def time_case(
     }
 
 
-CHECKS: tuple[dict[str, Any], ...] = (
-    {"lengths": [1000], "heads": 16, "groups": 1, "dim": 128},
-    {"lengths": [1, 15, 31, 32, 33, 63, 64, 65, 127, 1000], "heads": 8, "groups": 2, "dim": 64},
-    {"lengths": [700, 1, 1200], "heads": 4, "groups": 2, "dim": 96, "mean": True},
-    {"lengths": [129, 1500], "heads": 4, "groups": 4, "dim": 128},
-    {"lengths": [1, 200, 4096], "heads": 16, "groups": 1, "dim": 128},
-    {"lengths": [900], "heads": 4, "groups": 2, "dim": 64},
-    {"lengths": [900], "heads": 8, "groups": 1, "dim": 96},
-    {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "magnitude": 3e3},
-    {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "equal": True},
-    {"lengths": [1, 15, 31, 32, 33, 63, 64, 65, 127, 1000], "heads": 16, "groups": 1, "dim": 128},
-    {"lengths": [1, 63, 1500], "heads": 16, "groups": 2, "dim": 128},
-    {"lengths": [1300], "heads": 16, "groups": 1, "dim": 128, "magnitude": 3e3},
-    {"lengths": [1300], "heads": 16, "groups": 1, "dim": 64, "equal": True},
-    {"lengths": [65, 700], "heads": 12, "groups": 3, "dim": 64},
-    # As above, but rows of [H, T] start on 16 bytes: the Gluon kernels take these.
-    {"lengths": [1, 15, 31, 32, 33, 63, 64, 65, 127, 1105], "heads": 16, "groups": 1, "dim": 128},
-    {"lengths": [64, 700], "heads": 12, "groups": 3, "dim": 64},
-)
-
-
 def bench_attention(
     lengths: Sequence[int] = (8192, 32768, 65536),
     heads: int = 64,
     groups: int = 4,
     dim: int = 128,
     *,
+    value_dim: int | None = None,
     check: bool = False,
+    workers: int = 8,
     json: str | Path | None = None,
     rounds: int = 5,
     documents: int = 0,
+    dense: Sequence[str] = ("cudnn", "flash"),
 ) -> int:
     """Check (`check`) and time NSA; print a table, write everything to `json`; return an exit code.
 
@@ -393,30 +377,33 @@ def bench_attention(
     if not torch.cuda.is_available():
         print("bench attention needs a CUDA device, and torch sees none")
         return 1
-    from kernels.nsa.triton_api import nsa_attention_triton
-
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "checks": [], "times": []}
     failed = False
-    for arguments in CHECKS if check else ():
-        report = compare(random_case(**arguments), nsa_attention_triton)
-        bad = report.failures()
-        failed |= bool(bad)
-        worst = max(a / max(b, 1e-12) for a, b in report.errors.values())
-        print(
-            f"check {arguments}: {'FAILED' if bad else 'ok'}, worst {worst:.2f}x plain", flush=True
-        )
-        for line in bad:
-            print(f"  {line}")
-        results["checks"].append({**arguments, "errors": report.errors, "failures": bad})
+    with ThreadPoolExecutor(workers) as pool:
+        for found in pool.map(check_apart, range(len(CHECKS) if check else 0)):
+            bad = found["failures"]
+            failed |= bool(bad)
+            arguments = {k: v for k, v in found.items() if k in FIELDS}
+            state = "FAILED" if bad else "ok"
+            print(f"check {arguments}: {state}, worst {found['worst']:.2f}x plain", flush=True)
+            for line in bad:
+                print(f"  {line}")
+            results["checks"].append(found)
     for n in lengths:
-        result = time_case(random_case([n], heads, groups, dim), rounds=rounds)
+        case = random_case([n], heads, groups, dim, value_dim=value_dim)
+        result = time_case(case, rounds=rounds, dense=dense)
         results["times"].append(result)
         print_times(result)
     if documents:
         draw = torch.Generator().manual_seed(0)
         pack = torch.randint(100, 2001, (documents,), generator=draw).tolist()
         both = [
-            time_case(random_case(n, heads, groups, dim), rounds=rounds, dense=(), by_stage=False)
+            time_case(
+                random_case(n, heads, groups, dim, value_dim=value_dim),
+                rounds=rounds,
+                dense=(),
+                by_stage=False,
+            )
             for n in (pack, [sum(pack)])
         ]
         for result in both:
@@ -457,7 +444,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=64, help="query heads")
     parser.add_argument("--groups", type=int, default=4, help="KV groups")
     parser.add_argument("--dim", type=int, default=128, help="head dimension")
+    parser.add_argument("--value-dim", type=int, default=None, help="head dimension of the values")
     parser.add_argument("--check", action="store_true", help="compare with fp64 first")
+    parser.add_argument("--workers", type=int, default=8, help="checks at a time")
+    parser.add_argument(
+        "--dense", nargs="*", choices=("cudnn", "flash"), default=["cudnn", "flash"],
+        help="dense attention to compare with",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, default=None, help="write everything to this file")
     parser.add_argument("--rounds", type=int, default=5, help="timed launches of each")
     parser.add_argument(

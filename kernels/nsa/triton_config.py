@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import triton
@@ -74,6 +74,19 @@ _HOPPER = KernelConfigs(
     partial_rows=8192 * 64 * 16,
 )
 
+# Head dims above 128: rows of queries and keys are two tiles, and dk and dv fill the registers.
+_HOPPER_WIDE = replace(
+    _HOPPER,
+    forward=TileConfig(128, 64, 8, 2),
+    window_forward=TileConfig(128, 64, 8, 2),
+    grad_q=TileConfig(64, 64, 4, 2),
+    grad_kv=TileConfig(32, 64, 4, 2),
+    window_grad_kv=TileConfig(32, 64, 4, 2),
+    score=TileConfig(64, 64, 4, 2),
+    selected_forward=TileConfig(64, 64, 4, 2),
+    selected_backward=TileConfig(32, 64, 4, 2),
+)
+
 _INTERPRETER = KernelConfigs(
     forward=TileConfig(32, 16, 1, 1),
     window_forward=TileConfig(16, 32, 1, 1),
@@ -100,6 +113,8 @@ def pow2(n: int) -> int:
     return max(16, int(triton.next_power_of_2(n)))
 
 
-def kernel_configs() -> KernelConfigs:
-    """Return the tiles: those measured on Hopper at head dimension 128, or the interpreter's."""
-    return _INTERPRETER if INTERPRETED else _HOPPER
+def kernel_configs(dim: int = 128) -> KernelConfigs:
+    """Return the tiles for head dimension `dim`: those of Hopper, or the interpreter's."""
+    if INTERPRETED:
+        return _INTERPRETER
+    return _HOPPER if dim <= 128 else _HOPPER_WIDE

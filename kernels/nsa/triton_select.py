@@ -19,8 +19,9 @@ from torch import Tensor
 
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_config import KernelConfigs, pow2
-from kernels.nsa.triton_interval import LOG2_E, column_of, load_tile, tile_sources
+from kernels.nsa.triton_interval import LOG2_E, column_of, tile_sources
 from kernels.nsa.triton_layout import PackedLayout
+from kernels.nsa.triton_parts import gather_parts, load_parts, part_widths, row_products
 
 
 @triton.jit
@@ -48,6 +49,7 @@ def importance_kernel(
     OVERLAP: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     TMA: tl.constexpr,
@@ -67,22 +69,15 @@ def importance_kernel(
         rows = first + tl.arange(0, BM)
         inside = rows < chunk_end
         n = n0 + tl.arange(0, BN)
-        d = tl.arange(0, BD)
-        k = tl.load(
-            k_ptr
-            + group.to(tl.int64) * stride_kg
-            + n.to(tl.int64)[:, None] * stride_kn
-            + d[None, :],
-            mask=(n < NC)[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
+        k_at = n.to(tl.int64) * stride_kn
+        k = gather_parts(k_ptr + group.to(tl.int64) * stride_kg, k_at, n < NC, D, BD, BX)
         head = group.to(tl.int64) * HG
         acc = tl.zeros((BM, BN), tl.float32)
         for h in range(HG):
             q_column = column_of(group * HG + h, stride_qh, D, TMA)
-            q = load_tile(q_src, first, q_column, stride_qt, chunk_end, D, BD, BM, TMA, True)
+            q = load_parts(q_src, first, q_column, stride_qt, chunk_end, D, BD, BX, BM, TMA, True)
             lse = tl.load(lse_ptr + (head + h) * T + rows, mask=inside, other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            s = row_products(q, k)
             acc += tl.exp2(s * scale_log2 - lse[:, None])
         low = tl.load(low_ptr + rows, mask=inside, other=0)
         high = tl.load(high_ptr + rows, mask=inside, other=0)
@@ -227,7 +222,7 @@ def select_blocks(
             RATIO=ratio,
             OVERLAP=overlap,
             D=D,
-            BD=pow2(D),
+            **part_widths(D),
             BM=tile.BM,
             BN=tile.BN,
             TMA=tma,

@@ -92,6 +92,12 @@ CASES: dict[str, Callable[[], list[str]]] = {
         f"head dim {dim}": partial(check, [36], heads=2, groups=1, dim=dim) for dim in (64, 96, 128)
     },
     "values narrower than keys": lambda: check([36], heads=2, groups=1, dim=48, value_dim=32),
+    "keys of 192 and values of 128": lambda: check(
+        [3, 36], heads=2, groups=1, dim=192, value_dim=128
+    ),
+    "keys of 160, the mean of a block": lambda: check(
+        [30], heads=2, groups=1, dim=160, value_dim=64, mean=True
+    ),
     "mean compression": lambda: check([17, 40], heads=2, groups=2, dim=16, mean=True),
     "many documents": lambda: check([1, 7, 15, 16, 17, 31, 33], heads=1, groups=1, dim=16),
     "one token among long ones": lambda: check([40, 1, 50], heads=2, groups=1, dim=16),
