@@ -14,7 +14,6 @@ import json as json_module
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.documents import Documents
-from kernels.nsa.gpu_checks import CHECKS, FIELDS, check_apart
+from kernels.nsa.gpu_checks import check_all
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_check import Case, random_case
 
@@ -129,7 +128,7 @@ def stages(  # noqa: PLR0915  (a list of launches)
                 dq, q, do, grad.partials if third else None, selected, token[0], spec.select,
                 (c * chunk, min(T, (c + 1) * chunk)), (k, v, token[2], token[3]),
                 (kw, vw, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
-                branches=(first, second),
+                anything=configs.grad_q_any, branches=(first, second),
             )  # fmt: skip
 
     def grad_window() -> tuple[Tensor, Tensor]:
@@ -355,6 +354,19 @@ def time_case(
     }
 
 
+def launch_stages(case: Case) -> None:
+    """Launch every stage once, marked for a profiler."""
+    forward, backward = stages(case)
+    for launch, *_ in (*forward.values(), *backward.values()):
+        launch()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
+    for launch, *_ in (*forward.values(), *backward.values()):
+        launch()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
+
+
 def bench_attention(
     lengths: Sequence[int] = (8192, 32768, 65536),
     heads: int = 64,
@@ -368,29 +380,28 @@ def bench_attention(
     rounds: int = 5,
     documents: int = 0,
     dense: Sequence[str] = ("cudnn", "flash"),
+    profile: bool = False,
 ) -> int:
     """Check (`check`) and time NSA; print a table, write everything to `json`; return an exit code.
 
     With `documents`, a pack of that many of 100 to 2,000 tokens is timed beside one sequence as
-    long. Returns 1 when a check fails or there is no CUDA device to time on.
+    long. `profile` launches every stage once, between the marks that a profiler started with
+    `ncu --profile-from-start off` waits for. Returns 1 when a check fails or there is no CUDA
+    device to time on.
     """
     if not torch.cuda.is_available():
         print("bench attention needs a CUDA device, and torch sees none")
         return 1
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "checks": [], "times": []}
     failed = False
-    with ThreadPoolExecutor(workers) as pool:
-        for found in pool.map(check_apart, range(len(CHECKS) if check else 0)):
-            bad = found["failures"]
-            failed |= bool(bad)
-            arguments = {k: v for k, v in found.items() if k in FIELDS}
-            state = "FAILED" if bad else "ok"
-            print(f"check {arguments}: {state}, worst {found['worst']:.2f}x plain", flush=True)
-            for line in bad:
-                print(f"  {line}")
-            results["checks"].append(found)
+    if check:
+        results["checks"] = list(check_all(workers))
+        failed = any(found["failures"] for found in results["checks"])
     for n in lengths:
         case = random_case([n], heads, groups, dim, value_dim=value_dim)
+        if profile:
+            launch_stages(case)
+            continue
         result = time_case(case, rounds=rounds, dense=dense)
         results["times"].append(result)
         print_times(result)
@@ -453,6 +464,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--json", type=Path, default=None, help="write everything to this file")
     parser.add_argument("--rounds", type=int, default=5, help="timed launches of each")
+    parser.add_argument("--profile", action="store_true", help="launch all stages once, for ncu")
     parser.add_argument(
         "--documents", type=int, default=0, help="also time a pack of so many documents"
     )

@@ -1,15 +1,20 @@
 """The shapes at which the kernels are compared with fp64 on a GPU.
 
-    python -m kernels.nsa.gpu_checks NUMBER
+    python -m kernels.nsa.gpu_checks all ['{"score_halves": true}']
 
-runs one of them and prints what it found as JSON.
+runs them side by side, optionally with other fields of the tiles' table.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 from kernels.nsa.triton_check import compare, random_case
@@ -48,10 +53,12 @@ CHECKS: tuple[dict[str, Any], ...] = (
 FIELDS = {name for arguments in CHECKS for name in arguments}
 
 
-def check_one(number: int) -> dict[str, Any]:
-    """Compare the kernels with fp64 in one of CHECKS."""
+def check_one(number: int, table: dict[str, Any]) -> dict[str, Any]:
+    """Compare with fp64 in one of CHECKS; `table` replaces fields of the table of tiles."""
+    from kernels.nsa import triton_config
     from kernels.nsa.triton_api import nsa_attention_triton
 
+    triton_config._HOPPER = replace(triton_config._HOPPER, **table)
     report = compare(random_case(**CHECKS[number]), nsa_attention_triton)
     worst = max(a / max(b, 1e-12) for a, b in report.errors.values())
     gaps = (report.gap, report.plain_gap)
@@ -62,9 +69,9 @@ def check_one(number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_apart(number: int) -> dict[str, Any]:
+def check_apart(number: int, table: str = "{}") -> dict[str, Any]:
     """`check_one` in a process of its own: most of a check is compilation, on one core."""
-    command = [sys.executable, "-m", "kernels.nsa.gpu_checks", str(number)]
+    command = [sys.executable, "-m", "kernels.nsa.gpu_checks", str(number), table]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -73,5 +80,30 @@ def check_apart(number: int) -> dict[str, Any]:
     return result
 
 
+def check_all(workers: int, table: str = "{}") -> Iterator[dict[str, Any]]:
+    """Run and print all checks, `workers` at a time; yields what each found."""
+    with ThreadPoolExecutor(workers) as pool:
+        for found in pool.map(check_apart, range(len(CHECKS)), repeat(table)):
+            bad = found["failures"]
+            arguments = {k: v for k, v in found.items() if k in FIELDS}
+            gaps = ", gives away {:.2g} (plain {:.2g})".format(*found.get("gaps", (0.0, 0.0)))
+            state = "FAILED" if bad else "ok"
+            print(
+                f"check {arguments}: {state}, worst {found['worst']:.2f}x plain{gaps}", flush=True
+            )
+            for line in bad:
+                print(f"  {line}")
+            yield found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one check for `check_apart`, or all of them."""
+    if arguments[0] == "all":
+        table = arguments[1] if len(arguments) > 1 else "{}"
+        return int(any(found["failures"] for found in check_all(os.cpu_count() or 1, table)))
+    print(json.dumps(check_one(int(arguments[0]), json.loads(arguments[1]))))
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(check_one(int(sys.argv[1]))))
+    sys.exit(main(sys.argv[1:]))

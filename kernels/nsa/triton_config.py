@@ -33,6 +33,8 @@ class KernelConfigs:
     For the selected kernels BM counts rows (queries times heads of the group) and BN is
     not used: the keys are one selected block. Their Gluon kernels gather by threads with two
     stages, by the copy engine with more. `piece_*` are the queries that one program serves.
+    `score_halves` takes the exponentials of the importance two at a time in fp16. `grad_q_any` lets
+    the Gluon kernel of dq take shapes at which it was not checked on a GPU.
     `finish` is the kernel that computes the window and merges the partials; without Gluon those
     are `window_forward` and a merge of `combine_rows` rows.
     """
@@ -53,6 +55,8 @@ class KernelConfigs:
     top_k_rows: int
     score_chunk: int
     partial_rows: int
+    score_halves: bool = False
+    grad_q_any: bool = False
 
 
 _HOPPER = KernelConfigs(
