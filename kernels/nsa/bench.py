@@ -451,7 +451,7 @@ def print_times(result: dict[str, Any]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `tiny-onn bench attention`."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 65536])
     parser.add_argument("--heads", type=int, default=64, help="query heads")
     parser.add_argument("--groups", type=int, default=4, help="KV groups")
     parser.add_argument("--dim", type=int, default=128, help="head dimension")

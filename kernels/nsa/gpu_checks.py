@@ -1,12 +1,13 @@
 """The shapes at which the kernels are compared with fp64 on a GPU.
 
-    python -m kernels.nsa.gpu_checks all ['{"score_halves": true}']
+    python -m kernels.nsa.gpu_checks [--table '{"score_halves": true}'] [NUMBER ...]
 
-runs them side by side, optionally with other fields of the tiles' table.
+runs them side by side, optionally with other fields of the table of tiles.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -71,7 +72,15 @@ def check_one(number: int, table: dict[str, Any]) -> dict[str, Any]:
 
 def check_apart(number: int, table: str = "{}") -> dict[str, Any]:
     """`check_one` in a process of its own: most of a check is compilation, on one core."""
-    command = [sys.executable, "-m", "kernels.nsa.gpu_checks", str(number), table]
+    command = [
+        sys.executable,
+        "-m",
+        "kernels.nsa.gpu_checks",
+        "--here",
+        "--table",
+        table,
+        str(number),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -80,10 +89,12 @@ def check_apart(number: int, table: str = "{}") -> dict[str, Any]:
     return result
 
 
-def check_all(workers: int, table: str = "{}") -> Iterator[dict[str, Any]]:
-    """Run and print all checks, `workers` at a time; yields what each found."""
+def check_all(
+    workers: int, table: str = "{}", numbers: Sequence[int] = range(len(CHECKS))
+) -> Iterator[dict[str, Any]]:
+    """Run and print these checks, `workers` at a time; yields what each found."""
     with ThreadPoolExecutor(workers) as pool:
-        for found in pool.map(check_apart, range(len(CHECKS)), repeat(table)):
+        for found in pool.map(check_apart, numbers, repeat(table)):
             bad = found["failures"]
             arguments = {k: v for k, v in found.items() if k in FIELDS}
             gaps = ", gives away {:.2g} (plain {:.2g})".format(*found.get("gaps", (0.0, 0.0)))
@@ -96,14 +107,20 @@ def check_all(workers: int, table: str = "{}") -> Iterator[dict[str, Any]]:
             yield found
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run one check for `check_apart`, or all of them."""
-    if arguments[0] == "all":
-        table = arguments[1] if len(arguments) > 1 else "{}"
-        return int(any(found["failures"] for found in check_all(os.cpu_count() or 1, table)))
-    print(json.dumps(check_one(int(arguments[0]), json.loads(arguments[1]))))
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one check for `check_apart`, or several of them."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.nsa.gpu_checks")
+    parser.add_argument("numbers", type=int, nargs="*", default=list(range(len(CHECKS))))
+    parser.add_argument("--table", default="{}", help="fields of the table of tiles, JSON")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--here", action="store_true", help="one check, in this process, as JSON")
+    options = parser.parse_args(arguments)
+    if options.here:
+        print(json.dumps(check_one(options.numbers[0], json.loads(options.table))))
+        return 0
+    results = list(check_all(options.workers, options.table, options.numbers))
+    return int(any(found["failures"] for found in results))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
