@@ -28,7 +28,7 @@ grep -h 'magnitude' "$out/checks.txt" | cut -c1-200
 timeout 90 $python -m pytest -q tests/kernels/test_nsa_triton_gpu.py -m gpu -k 'not errors_stay' \
   > "$out/pytest.txt" 2>&1
 tail -n 3 "$out/pytest.txt"
-timeout 100 $python -m kernels.nsa.sweep --rounds 3 --only score_halves selected_forward --stages \
+timeout 100 $python -m kernels.nsa.sweep --rounds 3 --only score_halves selected_forward partial_rows --stages \
   --whole 65536,64,4 32768,64,4 8192,64,4 --json "$out/sweep.json" > "$out/sweep.txt" 2>&1
 grep -B1 -A22 'T=65536' "$out/sweep.txt" | tail -n 24
 grep -e ' by ' -e ' ms ' -e WRONG -e 'T=' -e ' nsa ' -e cudnn "$out/sweep.txt" | grep -v TFLOP
