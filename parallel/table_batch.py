@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -180,6 +181,7 @@ class Parts(Sequence[Tensor]):
             self._stream, self._buffer = torch.cuda.current_stream(exchange.mesh.device), None
         count, wanted, width = rows_LNw.shape
         self._leaves: list[Tensor | None] = [None] * count
+        self._sinks: set[int] = set()
         self._exchanged: list[Tensor] = []
         self._events: list[Any] = []
         self._waited: Any | None = None
@@ -217,6 +219,26 @@ class Parts(Sequence[Tensor]):
             leaf = self._leaves[k] = self._leaf(k)
         return leaf
 
+    def sink(self, k: int) -> Callable[[Tensor], None] | None:
+        """Return who takes layer `k`'s gradient in place of autograd; None without gradients.
+
+        Ask before the layer itself, which then gets none from autograd. It spares the backward
+        pass a hook per layer, and memory where the gradient is written over the layer (see
+        `kernels.modulate`).
+        """
+        arrived = self.arrived
+        if arrived is None:
+            return None
+        self._sinks.add(k)
+        return partial(arrived, k)
+
+    @property
+    def memory(self) -> Tensor | None:
+        """All layers side by side, [L, U, w], where the model uses them; None between ranks."""
+        if self._stream is not None:
+            return self._on_device
+        return self._rows_LNw if self._staged.plan.asked is None else None
+
     def release(self) -> None:
         """End the use of the device memory; every kernel that reads it has been queued."""
         if self._stream is None or self._on_device is None:
@@ -233,6 +255,8 @@ class Parts(Sequence[Tensor]):
         if arrived is None:
             return rows_Uw
         rows_Uw.requires_grad_()
+        if k in self._sinks:
+            return rows_Uw
 
         def hook(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None

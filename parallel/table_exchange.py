@@ -81,7 +81,7 @@ class Exchange:
         unique_U, index = unique_index(ids_T)
         unique = unique_U.shape[0]
         if world == 1:
-            return Plan(unique, [unique], [unique], unique_U, None), index.to(self.mesh.device)
+            return Plan(unique, [unique], [unique], unique_U, None), self._moved(index)
         owner_U, by_owner_U = torch.sort(unique_U % world, stable=True)
         place_U = torch.empty_like(by_owner_U)
         place_U[by_owner_U] = torch.arange(unique)
@@ -104,7 +104,7 @@ class Exchange:
                 wanted_N,
                 asked.to(self.mesh.device),
             ),
-            index.to(self.mesh.device),
+            self._moved(index),
         )
 
     def deliver(self, plan: Plan, rows_NW: Tensor, out: Tensor | None = None) -> Tensor:
@@ -167,6 +167,11 @@ class Exchange:
         refusal = self._refusal(ids_T.detach().reshape(-1).to("cpu", torch.int64))
         if refusal is not None:
             raise TableError(refusal)
+
+    def _moved(self, index: RowIndex) -> RowIndex:
+        """Return the tokens' index where the model uses it; for a GPU its rows are cut here."""
+        device = self.mesh.device
+        return index.cut().to(device) if device.type == "cuda" else index.to(device)
 
     def _refusal(self, ids_T: Tensor) -> str | None:
         if ids_T.numel() == 0:

@@ -197,14 +197,11 @@ class RowTable:
         gradient = BatchGradient(
             self._exchange, plan, (self.parts, self.width // self.parts), self._stream
         )
-        add: Callable[[int], None] | None = None
 
         def arrived(k: int, grad_Uw: Tensor) -> None:
-            nonlocal add
-            if add is None:
-                add = self._gradient.begin(gradient)
-            gradient.put(k, grad_Uw)
-            add(k)
+            if gradient.sent is None:
+                self._gradient.begin(gradient)
+            gradient.put(k, grad_Uw, parts.memory)
 
         parts = Parts(
             staged,
@@ -239,6 +236,7 @@ class RowTable:
                     f"table {self.name!r}: accumulate of rows that were fetched without gradients"
                 )
             arrived(k, torch.zeros_like(part))
+        rows.gradient.finish()
         self._counts["grad_bytes"] += self._moved(rows.plan)
         rows.parts.release()
         if rows.parts in self._open:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.rows import gather_rows, modulate
+from kernels.modulate import modulate
+from kernels.rows import gather_rows
 from parallel.mesh import Mesh
 from parallel.table_batch import Parts
 from parallel.table_exchange import Exchange
