@@ -127,7 +127,7 @@ def _measure_rows(
             found |= {"open_seconds": opened, "kernel": table.kernel, "table_gib": gib}
             if a.save is not None:
                 found["save"] = _save_beside(other, a)
-            if a.trace is not None and mesh.is_first:
+            if a.trace is not None and mesh.is_first and first is None:
                 _trace(plain, a.trace / "plain.json.gz")
                 _trace(other, a.trace / f"{variant}.json.gz")
             on_device = gib / mesh.world if variant == "rows-device" else 0.0

@@ -9,7 +9,7 @@ Shapes: U unique ids of this rank, N rows asked of this one, L parts (layers) of
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -19,33 +19,41 @@ import torch
 from torch import Tensor
 
 from kernels.rows import RowIndex
+from kernels.rows_step import Counter
 from parallel.table_exchange import Exchange, Plan
 
-WAKE_SECONDS = 0.5
-"""How often a caller that waits for rows looks whether the tier has failed."""
+LOOK_SECONDS = 5e-5
+"""How often a caller that waits for rows looks."""
 
 
 class Gate:
-    """Counts the parts that are ready, in order, for one waiting thread."""
+    """Counts the parts that are ready, in order, for one waiting thread.
+
+    It looks at a counter rather than being woken: kernels count without Python, and a thread that
+    waits for rows has nothing else to do.
+
+    Attributes:
+        counter: parts that are ready.
+    """
 
     def __init__(self) -> None:
-        self.ready = 0
-        self._changed = threading.Condition()
+        self.counter = Counter(0)
+
+    @property
+    def ready(self) -> int:
+        """Parts that are ready."""
+        return self.counter.value
 
     def post(self, ready: int) -> None:
         """Let through everything below part `ready`."""
-        with self._changed:
-            self.ready = ready
-            self._changed.notify_all()
+        self.counter.value = ready
 
     def wait(self, k: int, check: Callable[[], None]) -> None:
         """Return when part `k` is ready; `check` raises what kept it from being so."""
-        if self.ready > k:
-            return
-        with self._changed:
-            while self.ready <= k:
-                check()
-                self._changed.wait(WAKE_SECONDS)
+        counter = self.counter
+        while counter.value <= k:
+            check()
+            time.sleep(LOOK_SECONDS)
 
 
 class Staged:

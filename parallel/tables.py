@@ -134,7 +134,7 @@ class RowTable:
         self._pinned = mesh.device.type == "cuda" and self._tier.device.type == "cpu"
         self._thread = TierThread(name, self._tier.device, mesh.device)
         self.parts = groups
-        self._views = self._part_views()
+        self._fields = self._slot_fields()
         self._stream: Any | None = None
         self._buffer: DeviceBuffer | None = None
         if self._pinned:
@@ -477,20 +477,11 @@ class RowTable:
             log.info("table %r: %s row kernels, %d threads", self.name, kernels.name, threads)
         return kernels
 
-    def _part_views(self) -> list[Fields]:
-        """Return the slot views of each part's weights and optimizer state."""
-        fields, w = self._tier.fields, self.width // self.parts
-        names = list(self.layout.widths)
+    def _slot_fields(self) -> Fields:
+        """Return the slot views of weights and optimizer state."""
+        fields, names = self._tier.fields, list(self.layout.widths)
         first, second = ("weight", names[1]) if len(names) == 2 else (names[1], names[2])
-
-        def columns(name: str, k: int) -> Tensor:
-            size = w if self.layout.widths[name] == self.width else 1
-            return fields[name][:, k * size : (k + 1) * size]
-
-        return [
-            Fields(columns("weight", k), columns(first, k), columns(second, k))
-            for k in range(self.parts)
-        ]
+        return Fields(fields["weight"], fields[first], fields[second])
 
     def _stage(self, ids_T: Tensor, *, defer: bool) -> Staged:
         """Plan a micro-batch; alone, a rank does it on the tier's thread."""
@@ -573,12 +564,15 @@ class RowTable:
             last = part.stop >= wanted_N.shape[0]
             slots_N = self._tier.slots(wanted_N[part], write=False, held_N=held_N)
             places = None if places_N is None else places_N[part]
-            for k, view in enumerate(self._views):
-                # Without places the rows of a chunk lie side by side.
-                out = rows_LNw[k][part] if places is None else rows_LNw[k]
-                self._kernels.gather(view.weight_Sw, slots_N, out, places)
-                if last and gate is not None:
-                    gate.post(k + 1)
+            if places is None and not (part.start == 0 and last):
+                places = torch.arange(part.start, min(part.stop, wanted_N.shape[0]))
+            self._kernels.gather(
+                self._fields.weight_SW,
+                slots_N,
+                rows_LNw,
+                places,
+                gate.counter if last and gate is not None else None,
+            )
         if gate is not None:
             gate.post(self.parts)
 
@@ -602,6 +596,7 @@ class RowTable:
             ahead.deferred_N = ahead.deferred_N[:0]
             if left.shape[0]:
                 self._gather(ahead, left, None)
+        grads = [part_of(k) for k in range(self.parts)]
         for at in range(0, rows_P.shape[0], self._tier.chunk_rows):
             part = slice(at, at + self._tier.chunk_rows)
             last = part.stop >= rows_P.shape[0]
@@ -609,14 +604,13 @@ class RowTable:
             clock = Clock(torch.empty(0), torch.empty(0))
             if "steps" in self._tier.fields:
                 clock = tick(rule, self._tier.fields["steps"], slots)
-            for k, view in enumerate(self._views):
-                out = None
-                if ahead is not None and places_P is not None:
-                    out = Transport(ahead.rows_LNw[k], places_P[part])
-                grad = part_of(k)[part]
-                self._kernels.step(rule, slots, view, clock, grad, None, out)
-                if last and ahead is not None:
-                    ahead.gate.post(k + 1)
+            out, ready = None, None
+            if ahead is not None and places_P is not None:
+                out = Transport(ahead.rows_LNw, places_P[part])
+                ready = ahead.gate.counter if last else None
+            self._kernels.step(
+                rule, slots, self._fields, clock, [grad[part] for grad in grads], out, ready
+            )
         if ahead is not None:
             ahead.gate.post(self.parts)
 
