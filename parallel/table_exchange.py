@@ -49,9 +49,16 @@ class Plan:
 class Exchange:
     """The collectives of one table."""
 
-    def __init__(self, name: str, rows: int, mesh: Mesh) -> None:
-        """Exchange rows of the table `name` with ids 0 <= id < `rows`."""
-        self.name = name
+    def __init__(self, name: str, rows: int, mesh: Mesh, ids_from: str = "") -> None:
+        """Exchange rows of the table `name` with ids 0 <= id < `rows`.
+
+        Args:
+            name: of the table.
+            rows: V.
+            mesh: rank, world and device.
+            ids_from: the tokenizer that the ids come from, by name or file, for messages.
+        """
+        self.name, self.ids_from = name, ids_from
         self.rows = rows
         self.mesh = mesh
 
@@ -182,8 +189,10 @@ class Exchange:
         position = int(((ids_T < 0) | (ids_T >= self.rows)).nonzero()[0])
         return (
             f"table {self.name!r}: id {int(ids_T[position])} at position {position} of rank "
-            f"{self.mesh.rank}'s batch is outside 0..{self.rows - 1}; the data was tokenised with "
-            "another vocabulary than the model's vocab_size"
+            f"{self.mesh.rank}'s batch is outside 0..{self.rows - 1}; the ids come from "
+            f"{self.ids_from or 'an unnamed tokenizer'}, which has another vocabulary than the "
+            "model: set model.vocab_size to its size, or data.path to the corpus of the model's "
+            "tokenizer"
         )
 
     def _all_to_all_counts(self, counts: Sequence[int]) -> list[int]:
