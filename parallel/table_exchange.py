@@ -2,9 +2,10 @@
 
 Rows are dealt by id modulo the world size; the owner keeps id at local index id // world. A batch's
 unique ids are grouped by owner, and its rows keep that order, so that neither rows nor gradients
-are permuted on the way. Every collective here runs on the calling thread in program order: tables
+are permuted on the way. Rows and gradients travel on the calling thread in program order: they
 share the job's process group with everything else, and ranks that issue the same calls cannot
-cross.
+cross. Who needs what is agreed on in a group of the table's own, over the CPU, so that any one
+thread may do it, the same on all ranks.
 
 Shapes: T tokens, U unique ids of this rank, R rows asked of this rank by all ranks (in rank order),
 N distinct rows among them, W columns.
@@ -61,6 +62,7 @@ class Exchange:
         self.name, self.ids_from = name, ids_from
         self.rows = rows
         self.mesh = mesh
+        self._planners = dist.new_group(backend="gloo") if mesh.world > 1 else None
 
     @property
     def local_rows(self) -> int:
@@ -68,7 +70,7 @@ class Exchange:
         return len(range(self.mesh.rank, self.rows, self.mesh.world))
 
     def plan(self, ids_T: Tensor) -> tuple[Plan, RowIndex]:
-        """Agree on who needs which rows. A collective call.
+        """Agree on who needs which rows. A collective call, of one thread at a time.
 
         Args:
             ids_T: this rank's token ids, int64 [T]; on the host, or the device is waited for.
@@ -101,7 +103,13 @@ class Exchange:
                 "its own message names the id"
             )
         asked_R = torch.empty(sum(receive_counts), dtype=torch.int64)
-        dist.all_to_all_single(asked_R, unique_U[by_owner_U] // world, receive_counts, send_counts)
+        dist.all_to_all_single(
+            asked_R,
+            unique_U[by_owner_U] // world,
+            receive_counts,
+            send_counts,
+            group=self._planners,
+        )
         wanted_N, asked = unique_index(asked_R)
         return (
             Plan(
@@ -199,5 +207,6 @@ class Exchange:
         if self.mesh.world == 1:
             return list(counts)
         received = torch.empty(self.mesh.world, dtype=torch.int64)
-        dist.all_to_all_single(received, torch.tensor(counts, dtype=torch.int64))
+        sent = torch.tensor(counts, dtype=torch.int64)
+        dist.all_to_all_single(received, sent, group=self._planners)
         return received.tolist()

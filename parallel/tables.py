@@ -9,13 +9,13 @@ A table lives outside the module's parameters. One optimizer step is, on every r
     norm = table.grad_sq_norm()          # once per step, for the global norm
     table.step(lr, clip_coefficient)     # or table.skip()
 
-All of these are collective calls and communicate on the threads of forward and backward only, in
-program order. A row is worked on in L equal parts, its layers. Reading and stepping happens on the
-table's own thread, in the order of the calls: `step` returns at once; the update goes layer by
-layer from the first on and writes the fresh rows of the batch read ahead in the same pass, and the
-model waits for a layer only where it uses it. So an update runs beside the dense optimizer and the
-first layers of the next forward pass, and never changes what a fetch returns: rows as of the last
-step, always.
+All of these are collective calls. Rows and gradients travel on the threads of forward and backward
+only, in program order; who needs which is agreed on beside them (see `table_exchange`). A row is
+worked on in L equal parts, its layers. Planning, reading and stepping happen on the table's own
+thread, in the order of the calls: `step` returns at once; the update goes layer by layer from the
+first on and writes the fresh rows of the batch read ahead in the same pass, and the model waits for
+a layer only where it uses it. So an update runs beside the dense optimizer and the first layers of
+the next forward pass, and never changes what a fetch returns: rows as of the last step, always.
 
 Shapes: T tokens, U unique ids of the batch on this rank, N rows at their owner, V rows of the
 table, W columns of a row, L parts of w = W / L columns.
@@ -165,6 +165,7 @@ class RowTable(StoredRows):
         if staged.planned is not None:
             staged.planned.result()
         plan = staged.plan
+        self._count_ids(plan)
         gradient = BatchGradient(
             self._exchange, plan, (self.parts, self.width // self.parts), self._stream
         )
@@ -303,27 +304,18 @@ class RowTable(StoredRows):
             )
 
     def _stage(self, ids_T: Tensor, *, defer: bool) -> Staged:
-        """Plan a micro-batch; alone, a rank does it on the tier's thread."""
+        """Have a micro-batch planned, on the tier's thread."""
         staged = Staged(ids_T)
         fetched = tuple(self._fetched) if defer else ()
         staged.may_defer = bool(fetched)
         if self.mesh.world == 1:
+            # Between ranks the peers must hear of it; alone, the caller may at once.
             self._exchange.require(ids_T)
-            work = partial(self._plan, staged, None, fetched)
-            staged.planned = self._thread.submit(work, "plan")
-        else:
-            planned = self._exchange.plan(ids_T)
-            self._count_ids(planned[0])
-            self._plan(staged, planned, fetched)
+        staged.planned = self._thread.submit(partial(self._plan, staged, fetched), "plan")
         return staged
 
-    def _plan(
-        self,
-        staged: Staged,
-        planned: tuple[Plan, RowIndex] | None,
-        fetched: Sequence[Staged],
-    ) -> None:
-        plan, index = planned or self._exchange.plan(staged.ids_T)
+    def _plan(self, staged: Staged, fetched: Sequence[Staged]) -> None:
+        plan, index = self._exchange.plan(staged.ids_T)
         device = self._tier.device
         wanted_N = plan.wanted_N.to(device)
         rows_LNw = torch.empty(
