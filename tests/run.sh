@@ -39,10 +39,11 @@ source slurm/env.sh --test
 if (($#)); then exec "$PYTHON" -m pytest "$@"; fi
 
 step() {
-  local start=$SECONDS
+  local start=$SECONDS code=0
   echo "== $1"
-  "${@:2}"
-  echo "== $1: $((SECONDS - start)) s"
+  "${@:2}" || code=$?
+  echo "== $1: $((SECONDS - start)) s, exit $code"
+  return "$code"
 }
 
 # DeepSpeed compiles this for minutes; no test's time limit should have to bear it.

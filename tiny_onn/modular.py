@@ -23,10 +23,17 @@ from torch import Tensor, nn
 from kernels import Documents
 from kernels.rows import RowIndex, gather_rows
 from parallel.group_exchange import GroupExchange
+from parallel.table_batch import Parts
 from tiny_onn import fused
 from tiny_onn.activations import Activations, Checkpointing, checkpointing_of
 from tiny_onn.attention import Attention, AttentionConfig, Cache
-from tiny_onn.deepembed import DeepEmbedConfig, DeepEmbedScale, DeepEmbedTable, split_layers
+from tiny_onn.deepembed import (
+    DeepEmbedConfig,
+    DeepEmbedScale,
+    DeepEmbedTable,
+    LayerRows,
+    split_layers,
+)
 from tiny_onn.dynmoe import DenseFfn, DynMoeConfig, build_ffn
 from tiny_onn.fused import add_and_feed, add_and_norm, compiled, project
 from tiny_onn.loss import Head
@@ -149,8 +156,7 @@ class Block(nn.Module):
         sin_TD: Tensor,
         docs: Documents | None,
         loss_scale: Tensor,
-        values_UW: Tensor | None,
-        index: RowIndex | None,
+        rows: LayerRows | None,
         first: int,
         cache: Cache | None = None,
     ) -> Tensor:
@@ -169,13 +175,14 @@ class Block(nn.Module):
         else:
             x_TC = x_TC + self.attention(self.attention_norm(x_TC), cos_TD, sin_TD, docs, cache)
             h_TC = self.ffn_norm(x_TC)
-        if self.deepembed is None or values_UW is None or index is None:
+        if self.deepembed is None or rows is None:
             y_TC: Tensor = self.ffn(h_TC, None, loss_scale, first)
         elif self.scales_hidden:
-            y_TC = self.ffn(h_TC, self.deepembed(values_UW, index), loss_scale, first)
+            scale_TW = self.deepembed(rows.values_UW, rows.index)
+            y_TC = self.ffn(h_TC, scale_TW, loss_scale, first)
         else:
             y_TC = self.ffn(h_TC, None, loss_scale, first)
-            return self.deepembed.modulate(y_TC, values_UW, index, x_TC)
+            return self.deepembed.modulate(y_TC, rows.values_UW, rows.index, x_TC, rows.sink)
         return x_TC + y_TC
 
     def _attend_compiled(
@@ -293,8 +300,8 @@ class TinyOnn(nn.Module):
         cos_TD, sin_TD = rope_tables(positions_T, attention.rope_dim, attention.rope_theta)
         activations = Activations(checkpointing_of(self.cfg.activation_checkpointing))
         for i, block in enumerate(self.blocks):
-            values_UW = layers[first_layer + i] if layers is not None else None
-            inputs = (cos_TD, sin_TD, docs, loss_scale, values_UW, index, first)
+            rows = self._layer_rows(layers, index, first_layer + i)
+            inputs = (cos_TD, sin_TD, docs, loss_scale, rows, first)
             if caches is not None:
                 x_TC = block(x_TC, *inputs, caches[i])
             else:
@@ -323,6 +330,17 @@ class TinyOnn(nn.Module):
         elif self.cfg.deepembed.kind == "off":
             layers = None
         return x_TC, layers, index
+
+    def _layer_rows(
+        self, layers: Sequence[Tensor] | None, index: RowIndex | None, part: int
+    ) -> LayerRows | None:
+        """Return what a layer needs of its rows, waiting for them if need be."""
+        if layers is None or index is None:
+            return None
+        sink = None
+        if isinstance(layers, Parts) and self.cfg.deepembed.kind == "output":
+            sink = layers.sink(part)
+        return LayerRows(layers[part], index, sink)
 
     def new_caches(self) -> list[Cache]:
         """Return an empty decoding cache for every layer."""

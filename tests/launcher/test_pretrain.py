@@ -12,16 +12,21 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from data.loader import PackedLoader
 from launcher.config import load
-from tests.launcher.tiny import REPOSITORY, finish, rows, tiny_config, tiny_corpus, tiny_onn
-
-EXACT = ("loss", "grad_norm", "lr", "tokens", "sample_cursor", "bits_per_byte")
+from tests.launcher.tiny import (
+    REPOSITORY,
+    assert_same_run,
+    finish,
+    kill_after,
+    rows,
+    tiny_config,
+    tiny_corpus,
+    tiny_onn,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +42,6 @@ def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert code == 0, output
     assert "bits per byte" in output and "tensorboard --logdir" in output
     return folder / "runs" / "tiny"
-
-
-def _final_tensors(run: Path) -> dict[str, dict[str, object]]:
-    newest = max((run / "checkpoints").glob("step-*"))
-    return {f.name: load_file(f) for f in sorted(newest.glob("*.safetensors"))}
-
-
-def _assert_same_run(run: Path, reference: Path) -> None:
-    expected, found = rows(reference), rows(run)
-    assert [r["step"] for r in found] == list(range(1, 13))
-    for a, b in zip(expected, found, strict=True):
-        assert {k: a[k] for k in EXACT} == {k: b[k] for k in EXACT}
-    assert (run / "validation.jsonl").read_text() == (reference / "validation.jsonl").read_text()
-    ours, theirs = _final_tensors(run), _final_tensors(reference)
-    assert ours.keys() == theirs.keys() and ours
-    for name, tensors in theirs.items():
-        for key, tensor in tensors.items():
-            assert tensor.equal(ours[name][key]), (name, key)  # type: ignore[attr-defined]
 
 
 def test_a_run_leaves_what_it_promises(reference: Path) -> None:
@@ -103,7 +90,7 @@ def test_a_shard_that_changes_stops_the_run_with_a_checkpoint_and_mended_it_goes
         shard.write_bytes(content)
     code, output = finish(tiny_onn("pretrain", path))
     assert code == 0, output
-    _assert_same_run(run, reference)
+    assert_same_run(run, reference)
 
 
 def test_every_checkpoint_is_evaluated_once_beside_the_run(reference: Path) -> None:
@@ -152,7 +139,7 @@ def test_a_full_disk_and_a_read_only_one_are_told_and_mended_the_run_goes_on(
         code, output = finish(tiny_onn("pretrain", path))
         assert code == 0, output
         assert f"resuming from step {int(newest[5:])}" in output
-        _assert_same_run(run, reference)
+        assert_same_run(run, reference)
     finally:
         subprocess.run(["umount", str(run.parent)], check=True, timeout=30)
 
@@ -198,23 +185,10 @@ def test_killed_at_three_random_moments_it_ends_as_if_nothing_had_happened(
     moments = sorted(random.sample(range(1, 12), 3))
     print("killed after the lines of steps", moments)
     for moment in moments:
-        process = tiny_onn("pretrain", path)
-        deadline = time.monotonic() + 240
-        while len(rows(run)) < moment and time.monotonic() < deadline:
-            assert process.poll() is None, finish(process)[1]
-            time.sleep(0.01)
-        time.sleep(random.random() * 0.3)
-        everyone = [process, *psutil.Process(process.pid).children(recursive=True)]
-        random.shuffle(everyone)
-        for victim in everyone:
-            try:
-                victim.kill()
-            except psutil.NoSuchProcess:
-                continue
-        finish(process)
+        kill_after(tiny_onn("pretrain", path), run, moment)
     code, output = finish(tiny_onn("pretrain", path))
     assert code == 0, output
-    _assert_same_run(run, reference)
+    assert_same_run(run, reference)
 
 
 @pytest.mark.slow
@@ -274,7 +248,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert code == 1 and shard.name in output
     code, output = finish(tiny_onn("pretrain", path))
     assert code == 0 and shard.name in output and "step 8" in output, output
-    _assert_same_run(run, reference)
+    assert_same_run(run, reference)
 
 
 def test_a_corpus_that_is_missing_or_damaged_is_named_before_ranks_start(

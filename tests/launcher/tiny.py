@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import psutil
+from safetensors.torch import load_file
 
 from data.build import build
 from data.config import BuildConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+EXACT = ("loss", "grad_norm", "lr", "tokens", "sample_cursor", "bits_per_byte")
 
 CONFIG = """\
 name: tiny
@@ -85,3 +91,40 @@ def rows(run: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def kill_after(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Kill a run and all its processes with SIGKILL some moment after the line of a step."""
+    deadline = time.monotonic() + 240
+    while len(rows(run)) < step and time.monotonic() < deadline:
+        assert process.poll() is None, finish(process)[1]
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.3)
+    everyone = [process, *psutil.Process(process.pid).children(recursive=True)]
+    random.shuffle(everyone)
+    for victim in everyone:
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            continue
+    finish(process)
+
+
+def final_tensors(run: Path) -> dict[str, dict[str, Any]]:
+    """Return every tensor of a run's last checkpoint, by file and name."""
+    newest = max((run / "checkpoints").glob("step-*"))
+    return {f.name: load_file(f) for f in sorted(newest.glob("*.safetensors"))}
+
+
+def assert_same_run(run: Path, reference: Path, steps: int = 12) -> None:
+    """Assert that a run has each step once, and losses and last checkpoint of another, bitwise."""
+    expected, found = rows(reference), rows(run)
+    assert [r["step"] for r in found] == list(range(1, steps + 1))
+    for a, b in zip(expected, found, strict=True):
+        assert {k: a[k] for k in EXACT} == {k: b[k] for k in EXACT}
+    assert (run / "validation.jsonl").read_text() == (reference / "validation.jsonl").read_text()
+    ours, theirs = final_tensors(run), final_tensors(reference)
+    assert ours.keys() == theirs.keys() and ours
+    for name, tensors in theirs.items():
+        for key, tensor in tensors.items():
+            assert tensor.equal(ours[name][key]), (name, key)
