@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from launcher.components import accumulation, shape_of
 from launcher.config import RunConfig
@@ -142,6 +143,11 @@ class Job:
     def partition(self) -> int:
         """Parameters that a rank owns, ceil(n / W)."""
         return math.ceil(self.parameters / self.world)
+
+    @property
+    def resident(self) -> bool:
+        """Whether every rank keeps all weights (`engine.zero.resident_gib`)."""
+        return self.cfg.engine.keeps_resident(self.parameters, torch.bfloat16, self.world)
 
     @property
     def tokens(self) -> int:
