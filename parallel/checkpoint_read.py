@@ -2,7 +2,7 @@
 
 Whatever number of ranks saved it, a parameter is put together from the ranks' partitions and a
 table's rows come in the order of their ids. Host memory holds one parameter, or one stretch of
-rows, at a time.
+rows and the ids of all, at a time.
 
 Shapes: N rows of one stretch, V rows of the table, W columns of a field.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -88,18 +89,19 @@ class TableReader:
         """
         names = list(self.widths) if fields is None else fields
         count = max(1, ROWS_BYTES // (4 * sum(self.widths[name] for name in names)))
-        world = len(self._ranks)
         for first in range(0, self.rows, count):
             last = min(first + count, self.rows)
-            out = {name: torch.empty(last - first, self.widths[name]) for name in names}
+            # Rows that no step has touched are zero, and only their ids are saved.
+            out = {name: torch.zeros(last - first, self.widths[name]) for name in names}
             seen_N = torch.zeros(last - first, dtype=torch.bool)
-            for number, rank in enumerate(self._ranks):
-                # Local row k of a rank is id k * world + rank: ceil((id - rank) / world).
-                low, high = (-((number - id_) // world) for id_ in (first, last))
-                place_N = rank.read("ids", low, high) - first
-                seen_N[place_N] = True
-                for name in names:
-                    out[name][place_N] = rank.read(name, low, high)
+            for rank in self._ranks:
+                place_N, untouched_N = rank.between(first, last)
+                seen_N[untouched_N - first] = True
+                if place_N.stop > place_N.start:
+                    ids_N = rank.ids[place_N] - first
+                    seen_N[ids_N] = True
+                    for name in names:
+                        out[name][ids_N] = rank.read(name, place_N.start, place_N.stop)
             if not bool(seen_N.all()):
                 missing = first + int((~seen_N).nonzero()[0])
                 raise CheckpointError(f"{self._path}: table '{self.name}' lacks row {missing}")
@@ -107,36 +109,52 @@ class TableReader:
 
 
 class _RankRows:
-    """The rows that one rank saved, in pieces or in one."""
+    """The rows that one rank saved, in pieces or in one.
+
+    Attributes:
+        ids: of the saved rows, ascending.
+        untouched: ids of rows that are zero, ascending.
+        rows: saved and untouched ones.
+        widths: columns of each field by name.
+    """
 
     def __init__(self, shard: ShardFile) -> None:
         self._shard = shard
-        self._pieces = sorted({key.rpartition("/")[0] for key in shard})
-        self._starts, self.rows = [], 0
-        for piece in self._pieces:
-            self._starts.append(self.rows)
-            self.rows += shard.shape(self._key(piece, "ids"))[0]
-        names = {key.rpartition("/")[2] for key in shard} - {"ids"}
+        fields: dict[str, set[str]] = {}
+        for key in shard:
+            piece, _, field = key.rpartition("/")
+            fields.setdefault(piece, set()).add(field)
+        self._pieces = sorted(piece for piece, names in fields.items() if "ids" in names)
+        ids = [shard[self._key(piece, "ids")] for piece in self._pieces]
+        self._starts = [0, *accumulate(part.shape[0] for part in ids)][:-1]
+        self.ids = torch.cat(ids)
+        none = [torch.empty(0, dtype=torch.int64)]
+        zero = [key for key in sorted(shard) if key.rpartition("/")[2] == "untouched"]
+        self.untouched = torch.cat([*none, *(shard[key] for key in zero)])
+        self.rows = self.ids.shape[0] + self.untouched.shape[0]
         first = self._pieces[0]
         # The weights first, as in the layout of a row.
         self.widths = {
             name: shard.shape(self._key(first, name))[1]
-            for name in sorted(names, key=lambda name: (name != "weight", name))
+            for name in sorted(fields[first] - {"ids"}, key=lambda name: (name != "weight", name))
         }
 
+    def between(self, first: int, last: int) -> tuple[slice, Tensor]:
+        """Return which of the saved rows have ids first <= id < last, and those untouched."""
+        ends = torch.tensor([first, last])
+        low, high = torch.searchsorted(self.ids, ends).tolist()
+        start, stop = torch.searchsorted(self.untouched, ends).tolist()
+        return slice(low, high), self.untouched[start:stop]
+
     def read(self, field: str, start: int, stop: int) -> Tensor:
-        """Read local rows [start, stop) of a field, as far as there are any."""
-        stop = min(stop, self.rows)
+        """Read the saved rows start … stop - 1 of a field."""
         parts = []
         at = max(bisect_right(self._starts, start) - 1, 0)
         while at < len(self._pieces) and self._starts[at] < stop:
             key, first = self._key(self._pieces[at], field), self._starts[at]
             parts.append(self._shard.rows(key, max(start - first, 0), stop - first))
             at += 1
-        if parts:
-            return torch.cat(parts)
-        width = () if field == "ids" else (self.widths[field],)
-        return torch.empty(0, *width, dtype=torch.int64 if field == "ids" else torch.float32)
+        return torch.cat(parts)
 
     @staticmethod
     def _key(piece: str, field: str) -> str:
