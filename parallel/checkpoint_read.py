@@ -2,17 +2,16 @@
 
 Whatever number of ranks saved it, a parameter is put together from the ranks' partitions and a
 table's rows come in the order of their ids. Host memory holds one parameter, or one stretch of
-rows and the ids of all, at a time.
+rows, at a time.
 
 Shapes: N rows of one stretch, V rows of the table, W columns of a field.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping
-from itertools import accumulate
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +22,9 @@ from parallel.zero_state import full_tensors
 
 TABLE = "table-"
 """Kind of a table's rows in a checkpoint, before its name."""
+
+UNTOUCHED = "untouched"
+"""Name of the ids, in a piece of their own, of rows that are zero and take no other room."""
 
 ROWS_BYTES = 64 * 2**20
 """Bytes of rows that are in memory at a time."""
@@ -91,17 +93,15 @@ class TableReader:
         count = max(1, ROWS_BYTES // (4 * sum(self.widths[name] for name in names)))
         for first in range(0, self.rows, count):
             last = min(first + count, self.rows)
-            # Rows that no step has touched are zero, and only their ids are saved.
+            # Rows of which only the ids are saved are zero.
             out = {name: torch.zeros(last - first, self.widths[name]) for name in names}
             seen_N = torch.zeros(last - first, dtype=torch.bool)
             for rank in self._ranks:
-                place_N, untouched_N = rank.between(first, last)
-                seen_N[untouched_N - first] = True
-                if place_N.stop > place_N.start:
-                    ids_N = rank.ids[place_N] - first
-                    seen_N[ids_N] = True
-                    for name in names:
-                        out[name][ids_N] = rank.read(name, place_N.start, place_N.stop)
+                for ids_N, rows in rank.between(first, last, names):
+                    place_N = ids_N - first
+                    seen_N[place_N] = True
+                    for name, rows_NW in rows.items():
+                        out[name][place_N] = rows_NW
             if not bool(seen_N.all()):
                 missing = first + int((~seen_N).nonzero()[0])
                 raise CheckpointError(f"{self._path}: table '{self.name}' lacks row {missing}")
@@ -109,53 +109,61 @@ class TableReader:
 
 
 class _RankRows:
-    """The rows that one rank saved, in pieces or in one.
+    """The rows that one rank saved, in pieces or in one, each in the order of its ids.
 
-    Attributes:
-        ids: of the saved rows, ascending.
-        untouched: ids of rows that are zero, ascending.
-        rows: saved and untouched ones.
-        widths: columns of each field by name.
+    Rows that no step has touched have their ids alone, in pieces of their own.
     """
 
     def __init__(self, shard: ShardFile) -> None:
         self._shard = shard
-        fields: dict[str, set[str]] = {}
-        for key in shard:
-            piece, _, field = key.rpartition("/")
-            fields.setdefault(piece, set()).add(field)
-        self._pieces = sorted(piece for piece, names in fields.items() if "ids" in names)
-        ids = [shard[self._key(piece, "ids")] for piece in self._pieces]
-        self._starts = [0, *accumulate(part.shape[0] for part in ids)][:-1]
-        self.ids = torch.cat(ids)
-        none = [torch.empty(0, dtype=torch.int64)]
-        zero = [key for key in sorted(shard) if key.rpartition("/")[2] == "untouched"]
-        self.untouched = torch.cat([*none, *(shard[key] for key in zero)])
-        self.rows = self.ids.shape[0] + self.untouched.shape[0]
-        first = self._pieces[0]
-        # The weights first, as in the layout of a row.
-        self.widths = {
-            name: shard.shape(self._key(first, name))[1]
-            for name in sorted(fields[first] - {"ids"}, key=lambda name: (name != "weight", name))
+        split = [key.rpartition("/") for key in shard]
+        self._ids = [
+            _Ids(shard, key)
+            for key, (_, _, name) in sorted(zip(shard, split, strict=True))
+            if name in ("ids", UNTOUCHED) and shard.shape(key)[0]
+        ]
+        self.rows = sum(map(len, self._ids))
+        sizes = {
+            name: shard.shape(key)[1]
+            for key, (_, _, name) in zip(shard, split, strict=True)
+            if name not in ("ids", UNTOUCHED)
         }
+        # The weights first, as in the layout of a row.
+        self.widths = dict(sorted(sizes.items(), key=lambda entry: (entry[0] != "weight", entry)))
 
-    def between(self, first: int, last: int) -> tuple[slice, Tensor]:
-        """Return which of the saved rows have ids first <= id < last, and those untouched."""
-        ends = torch.tensor([first, last])
-        low, high = torch.searchsorted(self.ids, ends).tolist()
-        start, stop = torch.searchsorted(self.untouched, ends).tolist()
-        return slice(low, high), self.untouched[start:stop]
+    def between(
+        self, first: int, last: int, fields: list[str]
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield (ids int64 [N], fields [N, W]) of the rows first <= id < last; no field is zero."""
+        for ids in self._ids:
+            if ids.first < last and ids.last >= first:
+                start, stop = bisect_left(ids, first), bisect_left(ids, last)
+                piece, slash, name = ids.key.rpartition("/")
+                yield (
+                    self._shard.rows(ids.key, start, stop),
+                    {
+                        field: self._shard.rows(f"{piece}{slash}{field}", start, stop)
+                        for field in fields
+                        if name != UNTOUCHED
+                    },
+                )
 
-    def read(self, field: str, start: int, stop: int) -> Tensor:
-        """Read the saved rows start … stop - 1 of a field."""
-        parts = []
-        at = max(bisect_right(self._starts, start) - 1, 0)
-        while at < len(self._pieces) and self._starts[at] < stop:
-            key, first = self._key(self._pieces[at], field), self._starts[at]
-            parts.append(self._shard.rows(key, max(start - first, 0), stop - first))
-            at += 1
-        return torch.cat(parts)
 
-    @staticmethod
-    def _key(piece: str, field: str) -> str:
-        return f"{piece}/{field}" if piece else field
+class _Ids(Sequence[int]):
+    """The sorted ids of a piece, one at least; those that are asked for are read one by one."""
+
+    def __init__(self, shard: ShardFile, key: str) -> None:
+        self.key, self._shard, self._count = key, shard, shard.shape(key)[0]
+        self.first, self.last = self[0], self[self._count - 1]
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return int(self._shard.rows(self.key, index, index + 1))

@@ -202,7 +202,7 @@ def test_input_embedding_in_the_rows_is_planned_and_exported_bit_for_bit(
     rows_too = ["--model.tie_embeddings", "false", "--model.embedding_partition", "rows"]
     assert plan([str(path), "--gpus-per-node", "2", *rows_too]) in (0, None)
     assert "in the table" in capsys.readouterr().out
-    steps = [*SHORT, "--train.steps", "3"]
+    steps = [*SHORT, "--train.steps", "2"]
     result = two_ranks.run(trained, path, [*steps, *rows_too], timeout=400)[0]
     assert checkpoint_verb(["export", str(tmp_path / "runs" / "tiny"), str(out)]) == 0
     weight = load_file(out / "deepembed.safetensors")["weight"]
@@ -252,10 +252,9 @@ def test_diff_names_what_differs_and_by_how_much(
     folder = last(other)
     change(folder / "rank-00001.dense.safetensors", "fp32/norm.weight", 0.25)
     table = folder / "rank-00000.table-deepembed.safetensors"
-    change(table, "000000/weight", 0.5)
-    # Rows that no step has touched are not in it.
     touched = load_file(table)["000000/ids"].shape[0]
-    assert 50 < touched < 256
+    assert 0 < touched < 256
+    change(table, "000000/weight", 0.5)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["meta"]["config"]["model"]["norm_eps"] = 0.5
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -265,8 +264,9 @@ def test_diff_names_what_differs_and_by_how_much(
     assert len(lines) == 3
     assert lines[0] == "config model.norm_eps: 1e-05 and 0.5"
     assert lines[1].startswith("weight norm.weight: max abs difference 0.25 (largest value ")
-    found = f"table deepembed weight: {touched} of 512 rows differ, at most by 0.5 "
-    assert lines[2].startswith(found)
+    assert lines[2].startswith(
+        f"table deepembed weight: {touched} of 512 rows differ, at most by 0.5 "
+    )
     assert checkpoint_verb(["diff", str(run), str(other)]) == 1
 
 
@@ -295,10 +295,6 @@ def test_table_rows_of_any_ranks_and_pieces_come_in_the_order_of_their_ids(
     for rank in range(world):
         ids = torch.arange(rank, count, world)
         pieces: dict[str, Tensor] = {}
-        if rank == 1:
-            pieces["000003/untouched"] = torch.tensor([10, 19])
-            weights[[10, 19]] = 0.0
-            ids = ids[(ids != 10) & (ids != 19)]
         for number, part in enumerate(ids.split(3)):
             pieces |= {f"{number:06d}/ids": part, f"{number:06d}/weight": weights[part]}
         save_file(pieces, tmp_path / f"{rank}.safetensors")
