@@ -25,9 +25,10 @@ from typing import Any
 
 from parallel.tensor_file import TensorSource, write_safetensors
 
-FORMAT = 2
-READABLE = (1, 2)
-"""Formats that can be read; in the first one a table's rows were a single piece."""
+FORMAT = 3
+READABLE = (1, 2, 3)
+"""Formats that can be read: in the first one a table's rows were a single piece; from the third on
+rows that no step has touched are saved as ids alone."""
 MANIFEST = "manifest.json"
 MARKER = "COMMITTED"
 REPLACED = ".replaced"
@@ -181,7 +182,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if values.get("format") not in READABLE:
         raise CheckpointError(
             f"{manifest}: format {values.get('format')}; this version reads "
-            f"{' and '.join(map(str, READABLE))}"
+            f"{', '.join(map(str, READABLE))}"
         )
     return values
 

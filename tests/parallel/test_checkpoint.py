@@ -427,7 +427,7 @@ def test_newer_format_is_refused_with_both_versions(tmp_path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     entry = checkpoint.write_json(path / "manifest.json", manifest | {"format": 99})
     (path / "COMMITTED").write_text(entry["sha256"])
-    with pytest.raises(CheckpointError, match="format 99; this version reads 1 and 2"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads 1, 2, 3"):
         Checkpoint(path)
 
 
