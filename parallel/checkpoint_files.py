@@ -34,6 +34,9 @@ MARKER = "COMMITTED"
 REPLACED = ".replaced"
 """Suffix of a committed folder while its step is written anew."""
 
+SET_ASIDE = "damaged-"
+"""Prefix of a committed folder that a run could not go on from; it counts nowhere any more."""
+
 _FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
 
 
@@ -242,6 +245,18 @@ def list_checkpoints(root: Path) -> list[CheckpointInfo]:
         )
         for step, path in reversed(folders(root))
     ]
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint so that nobody takes it for one; returns its new place."""
+    target = path.with_name(SET_ASIDE + path.name)
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{SET_ASIDE}{path.name}.{number}")
+    os.rename(path, target)
+    sync(path.parent)
+    return target
 
 
 def remove(path: Path) -> None:
