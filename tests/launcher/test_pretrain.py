@@ -93,18 +93,22 @@ def test_a_shard_that_changes_stops_the_run_with_a_checkpoint_and_mended_it_goes
     assert_same_run(run, reference)
 
 
-def test_every_checkpoint_is_evaluated_once_beside_the_run(reference: Path) -> None:
-    results = reference / "evaluation" / "evaluation.jsonl"
+def test_every_checkpoint_is_evaluated_once_beside_the_run_also_of_a_copy(
+    reference: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(reference, tmp_path / "copy"))
+    results = copy / "evaluation" / "evaluation.jsonl"
     for _ in range(2):
-        code, output = finish(tiny_onn("eval", reference, "--follow"))
+        code, output = finish(tiny_onn("eval", copy, "--follow"))
         assert code == 0, output
         assert "every committed checkpoint is evaluated" in output
         found = [json.loads(line) for line in results.read_text().splitlines()]
         assert [r["step"] for r in found] == [4, 8, 12]
     last = json.loads((reference / "validation.jsonl").read_text().splitlines()[-1])
     assert (found[-1]["loss"], found[-1]["labels"]) == (last["loss"], last["labels"])
-    assert list((reference / "evaluation" / "tensorboard").glob("events.out.tfevents.*"))
-    assert not (reference / "evaluation" / "held").exists()
+    assert list((copy / "evaluation" / "tensorboard").glob("events.out.tfevents.*"))
+    assert not (copy / "evaluation" / "held").exists()
+    assert not (reference / "evaluation").exists()
 
 
 def mount(options: str, folder: Path) -> None:
@@ -248,6 +252,8 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert code == 1 and shard.name in output
     code, output = finish(tiny_onn("pretrain", path))
     assert code == 0 and shard.name in output and "step 8" in output, output
+    # What is left of it counts nowhere, and is not lost.
+    assert (run / "checkpoints" / "damaged-step-00000012" / shard.name).exists()
     assert_same_run(run, reference)
 
 
