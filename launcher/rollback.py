@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +121,4 @@ def roll_back(c: Components, spikes: list[int]) -> Window | None:
 
 def _write(folder: RunFolder, windows: list[Window]) -> None:
     text = json.dumps([dataclasses.asdict(window) for window in windows], indent=1)
-    write_atomically(folder.skipped_data, text + "\n")
-    for path in (folder.skipped_data, folder.root):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    write_atomically(folder.skipped_data, text + "\n", durable=True)
