@@ -41,6 +41,9 @@ class Window:
         reason: what its last spike was.
         spikes: steps that were not applied.
         samples: samples left out, counted along the run's order: [first, behind the last).
+        sample_ids: their numbers in the split.
+        skipped: steps that were not applied since that checkpoint. Their records are undone with
+            all others; this is what remains of them.
     """
 
     begin: int
@@ -50,6 +53,8 @@ class Window:
     reason: str
     spikes: list[int] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
+    sample_ids: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
 
     def event(self) -> dict[str, Any]:
         """Return what the records of the run say about it."""
@@ -111,6 +116,9 @@ def roll_back(c: Components, spikes: list[int]) -> Window | None:
         c.spikes.reason,
         list(spikes),
         [begin * per_step, end * per_step],
+        c.loader.sample_ids(begin, end),
+        # Rank 0's, as it writes them.
+        [step for step in c.metrics.skipped if step > checkpoint.step],
     )
     # In this order; see the module's text.
     c.store.discard_after(checkpoint.step)

@@ -281,6 +281,7 @@ class Trainer:
                 return
         except SpikeError as e:
             c.spikes.forget_run()
+            c.metrics.event(c.step, {"kind": "gave_up", "reason": str(e), "spikes": spikes})
             self._save()
             self._finish_saving()
             message = (
