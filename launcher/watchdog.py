@@ -101,6 +101,9 @@ class Watchdog:
                 # This thread needs the interpreter lock. A main thread that hangs while holding it
                 # is left to faulthandler's own C thread, which needs none (and exits with 1).
                 faulthandler.dump_traceback_later(2 * limit + 60.0, exit=True)
+            else:
+                # One that a limit before this one has set would still end the process.
+                faulthandler.cancel_dump_traceback_later()
         faulthandler.cancel_dump_traceback_later()
 
     def _end(self, silent: float, limit: float) -> None:

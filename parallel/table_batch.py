@@ -9,42 +9,51 @@ Shapes: U unique ids of this rank, N rows asked of this one, L parts (layers) of
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from kernels.rows import RowIndex
+from kernels.rows_step import Counter
 from parallel.table_exchange import Exchange, Plan
 
-WAKE_SECONDS = 0.5
-"""How often a caller that waits for rows looks whether the tier has failed."""
+LOOK_SECONDS = 5e-5
+"""How often a caller that waits for rows looks."""
 
 
 class Gate:
-    """Counts the parts that are ready, in order, for one waiting thread."""
+    """Counts the parts that are ready, in order, for one waiting thread.
+
+    It looks at a counter rather than being woken: kernels count without Python, and a thread that
+    waits for rows has nothing else to do.
+
+    Attributes:
+        counter: parts that are ready.
+    """
 
     def __init__(self) -> None:
-        self.ready = 0
-        self._changed = threading.Condition()
+        self.counter = Counter(0)
+
+    @property
+    def ready(self) -> int:
+        """Parts that are ready."""
+        return self.counter.value
 
     def post(self, ready: int) -> None:
         """Let through everything below part `ready`."""
-        with self._changed:
-            self.ready = ready
-            self._changed.notify_all()
+        self.counter.value = ready
 
     def wait(self, k: int, check: Callable[[], None]) -> None:
         """Return when part `k` is ready; `check` raises what kept it from being so."""
-        if self.ready > k:
-            return
-        with self._changed:
-            while self.ready <= k:
-                check()
-                self._changed.wait(WAKE_SECONDS)
+        counter = self.counter
+        while counter.value <= k:
+            check()
+            time.sleep(LOOK_SECONDS)
 
 
 class Staged:
@@ -180,6 +189,7 @@ class Parts(Sequence[Tensor]):
             self._stream, self._buffer = torch.cuda.current_stream(exchange.mesh.device), None
         count, wanted, width = rows_LNw.shape
         self._leaves: list[Tensor | None] = [None] * count
+        self._sinks: set[int] = set()
         self._exchanged: list[Tensor] = []
         self._events: list[Any] = []
         self._waited: Any | None = None
@@ -217,8 +227,34 @@ class Parts(Sequence[Tensor]):
             leaf = self._leaves[k] = self._leaf(k)
         return leaf
 
+    def sink(self, k: int) -> Callable[[Tensor], None] | None:
+        """Return who takes layer `k`'s gradient in place of autograd; None without gradients.
+
+        Ask before the layer itself, which then gets none from autograd. It spares the backward
+        pass a hook per layer, and memory where the gradient is written over the layer (see
+        `kernels.modulate`).
+        """
+        arrived = self.arrived
+        if arrived is None:
+            return None
+        self._sinks.add(k)
+        return partial(arrived, k)
+
+    @property
+    def memory(self) -> Tensor | None:
+        """All layers side by side, [L, U, w], where the model uses them; None between ranks."""
+        if self._stream is not None:
+            return self._on_device
+        return self._rows_LNw if self._staged.plan.asked is None else None
+
     def release(self) -> None:
-        """End the use of the device memory; every kernel that reads it has been queued."""
+        """End the use of the rows; every kernel that reads them has been queued.
+
+        Hands out nothing any more. Who takes the gradients knows these parts and they know him:
+        cut here, their (pinned) memory is free at once and not when Python next collects garbage.
+        """
+        self.arrived = None
+        self._leaves = [None] * len(self._leaves)
         if self._stream is None or self._on_device is None:
             return
         torch.cuda.current_stream(self._on_device.device).wait_stream(self._stream)
@@ -233,6 +269,8 @@ class Parts(Sequence[Tensor]):
         if arrived is None:
             return rows_Uw
         rows_Uw.requires_grad_()
+        if k in self._sinks:
+            return rows_Uw
 
         def hook(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None

@@ -2,9 +2,10 @@
 
 Rows are dealt by id modulo the world size; the owner keeps id at local index id // world. A batch's
 unique ids are grouped by owner, and its rows keep that order, so that neither rows nor gradients
-are permuted on the way. Every collective here runs on the calling thread in program order: tables
+are permuted on the way. Rows and gradients travel on the calling thread in program order: they
 share the job's process group with everything else, and ranks that issue the same calls cannot
-cross.
+cross. Who needs what is agreed on in a group of the table's own, over the CPU, so that any one
+thread may do it, the same on all ranks.
 
 Shapes: T tokens, U unique ids of this rank, R rows asked of this rank by all ranks (in rank order),
 N distinct rows among them, W columns.
@@ -49,11 +50,19 @@ class Plan:
 class Exchange:
     """The collectives of one table."""
 
-    def __init__(self, name: str, rows: int, mesh: Mesh) -> None:
-        """Exchange rows of the table `name` with ids 0 <= id < `rows`."""
-        self.name = name
+    def __init__(self, name: str, rows: int, mesh: Mesh, ids_from: str = "") -> None:
+        """Exchange rows of the table `name` with ids 0 <= id < `rows`.
+
+        Args:
+            name: of the table.
+            rows: V.
+            mesh: rank, world and device.
+            ids_from: the tokenizer that the ids come from, by name or file, for messages.
+        """
+        self.name, self.ids_from = name, ids_from
         self.rows = rows
         self.mesh = mesh
+        self._planners = dist.new_group(backend="gloo") if mesh.world > 1 else None
 
     @property
     def local_rows(self) -> int:
@@ -61,7 +70,7 @@ class Exchange:
         return len(range(self.mesh.rank, self.rows, self.mesh.world))
 
     def plan(self, ids_T: Tensor) -> tuple[Plan, RowIndex]:
-        """Agree on who needs which rows. A collective call.
+        """Agree on who needs which rows. A collective call, of one thread at a time.
 
         Args:
             ids_T: this rank's token ids, int64 [T]; on the host, or the device is waited for.
@@ -81,7 +90,7 @@ class Exchange:
         unique_U, index = unique_index(ids_T)
         unique = unique_U.shape[0]
         if world == 1:
-            return Plan(unique, [unique], [unique], unique_U, None), index.to(self.mesh.device)
+            return Plan(unique, [unique], [unique], unique_U, None), self._moved(index)
         owner_U, by_owner_U = torch.sort(unique_U % world, stable=True)
         place_U = torch.empty_like(by_owner_U)
         place_U[by_owner_U] = torch.arange(unique)
@@ -94,7 +103,13 @@ class Exchange:
                 "its own message names the id"
             )
         asked_R = torch.empty(sum(receive_counts), dtype=torch.int64)
-        dist.all_to_all_single(asked_R, unique_U[by_owner_U] // world, receive_counts, send_counts)
+        dist.all_to_all_single(
+            asked_R,
+            unique_U[by_owner_U] // world,
+            receive_counts,
+            send_counts,
+            group=self._planners,
+        )
         wanted_N, asked = unique_index(asked_R)
         return (
             Plan(
@@ -104,7 +119,7 @@ class Exchange:
                 wanted_N,
                 asked.to(self.mesh.device),
             ),
-            index.to(self.mesh.device),
+            self._moved(index),
         )
 
     def deliver(self, plan: Plan, rows_NW: Tensor, out: Tensor | None = None) -> Tensor:
@@ -168,6 +183,11 @@ class Exchange:
         if refusal is not None:
             raise TableError(refusal)
 
+    def _moved(self, index: RowIndex) -> RowIndex:
+        """Return the tokens' index where the model uses it; for a GPU its rows are cut here."""
+        device = self.mesh.device
+        return index.cut().to(device) if device.type == "cuda" else index.to(device)
+
     def _refusal(self, ids_T: Tensor) -> str | None:
         if ids_T.numel() == 0:
             return f"table {self.name!r}: the batch of rank {self.mesh.rank} has no ids"
@@ -177,13 +197,16 @@ class Exchange:
         position = int(((ids_T < 0) | (ids_T >= self.rows)).nonzero()[0])
         return (
             f"table {self.name!r}: id {int(ids_T[position])} at position {position} of rank "
-            f"{self.mesh.rank}'s batch is outside 0..{self.rows - 1}; the data was tokenised with "
-            "another vocabulary than the model's vocab_size"
+            f"{self.mesh.rank}'s batch is outside 0..{self.rows - 1}; the ids come from "
+            f"{self.ids_from or 'an unnamed tokenizer'}, which has another vocabulary than the "
+            "model: set model.vocab_size to its size, or data.path to the corpus of the model's "
+            "tokenizer"
         )
 
     def _all_to_all_counts(self, counts: Sequence[int]) -> list[int]:
         if self.mesh.world == 1:
             return list(counts)
         received = torch.empty(self.mesh.world, dtype=torch.int64)
-        dist.all_to_all_single(received, torch.tensor(counts, dtype=torch.int64))
+        sent = torch.tensor(counts, dtype=torch.int64)
+        dist.all_to_all_single(received, sent, group=self._planners)
         return received.tolist()

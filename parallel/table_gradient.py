@@ -1,7 +1,9 @@
 """A step's gradient of the touched rows, part by part as the backward pass delivers it.
 
-The parts of a row (its layers) are complete one after another, the last layer's first. Each goes to
-its owners and on to the owner's memory at once, on a stream of its own, while the backward goes on.
+The parts of a row (its layers) are complete one after another, the last layer's first. They go to
+their owners and on to the owner's memory on a stream of its own, while the backward goes on. Every
+call of CUDA's is Python in the backward's thread: parts that lie side by side in the rows' own
+memory (`kernels.modulate` writes them there) are copied a few at a time, and normed at the end.
 A step of one micro-batch keeps what arrives as it is; with more, the host adds them up in fp32 in
 their order, a part at a time, behind the copies.
 
@@ -19,7 +21,11 @@ from torch import Tensor
 
 from kernels.rows_step import RowKernels
 from parallel.table_exchange import Exchange, Plan
+from parallel.table_layout import TableError
 from parallel.table_tiers import TierThread
+
+TOGETHER = 4
+"""Parts that are copied at a time."""
 
 
 class BatchGradient:
@@ -28,7 +34,10 @@ class BatchGradient:
     Attributes:
         plan: of the micro-batch.
         parts: per layer the gradients [N, w] of `plan.wanted_N` in the owner's memory, once there.
+        sent: called with each part that is on its way there; None until the step has begun it.
     """
+
+    sent: Callable[[int], None] | None = None
 
     def __init__(
         self, exchange: Exchange, plan: Plan, shape: tuple[int, int], stream: Any | None
@@ -48,31 +57,108 @@ class BatchGradient:
         self._copied: list[Any] = [None] * self.count
         self._normed: Any | None = None
         self._pinned: Tensor | None = None
+        self._memory: Tensor | None = None
+        self._waiting: list[int] = []
 
     @property
     def missing(self) -> list[int]:
         """Parts that have not come, the last layer first."""
         return [k for k in reversed(range(self.count)) if self.parts[k] is None]
 
-    def put(self, k: int, grad_Uw: Tensor) -> None:
-        """Send part `k` to its owners; a collective call."""
+    def put(self, k: int, grad_Uw: Tensor, memory: Tensor | None = None) -> None:
+        """Send part `k` to its owners; a collective call.
+
+        Args:
+            k: which part; each comes once.
+            grad_Uw: its gradient.
+            memory: [L, U, w], of which `grad_Uw` may be part k; then it must stay as it is until
+                `finish`.
+
+        Raises:
+            TableError: the part came before.
+        """
+        if self.parts[k] is not None:
+            raise TableError(
+                f"table {self._exchange.name!r}: a second gradient of part {k} of one micro-batch; "
+                "use each layer's rows once, or gather from Rows.whole()"
+            )
+        alone = self.plan.asked is None
+        if memory is not None and alone and grad_Uw.data_ptr() == memory[k].data_ptr():
+            self._memory = memory
+            if self._stream is None:
+                self.parts[k] = grad_Uw
+                self._sent(k)
+                return
+            self.parts[k] = self._host(grad_Uw)[k]
+            self._waiting.append(k)
+            if len(self._waiting) == TOGETHER:
+                self._send()
+            return
         if self._stream is None:
             grad_Nw = self._exchange.collect(self.plan, grad_Uw)
             self._norms[k], self.parts[k] = _norm(grad_Nw), grad_Nw
+            self._sent(k)
             return
         self._stream.wait_stream(torch.cuda.current_stream(grad_Uw.device))
         with torch.cuda.stream(self._stream):
             grad_Nw = self._exchange.collect(self.plan, grad_Uw)
             self._norms[k] = _norm(grad_Nw)
             self._normed = self._stream.record_event()
-            if self._pinned is None:
-                self._pinned = torch.empty(
-                    (self.count, *grad_Nw.shape), dtype=grad_Nw.dtype, pin_memory=True
-                )
-            self._pinned[k].copy_(grad_Nw, non_blocking=True)
+            part = self.parts[k] = self._host(grad_Nw)[k]
+            part.copy_(grad_Nw, non_blocking=True)
             self._copied[k] = self._stream.record_event()
         grad_Uw.record_stream(self._stream)
-        self.parts[k] = self._pinned[k]
+        self._sent(k)
+
+    def finish(self) -> None:
+        """Send what waits for company, and norm what was left in its memory."""
+        if self._waiting:
+            self._send()
+        memory, self._memory = self._memory, None
+        if memory is None:
+            return
+        if self._stream is None:
+            self._norm_together(memory)
+            return
+        with torch.cuda.stream(self._stream):
+            self._norm_together(memory)
+            self._normed = self._stream.record_event()
+
+    def _sent(self, k: int) -> None:
+        assert self.sent is not None
+        self.sent(k)
+
+    def _norm_together(self, memory: Tensor) -> None:
+        left = [
+            k for k in range(self.count) if self._norms[k] is None and self.parts[k] is not None
+        ]
+        if len(left) == self.count and memory.is_cuda:
+            self._norms[0] = _norm(memory)
+            return
+        for k in left:
+            self._norms[k] = _norm(memory[k])
+
+    def _send(self) -> None:
+        """Copy the parts that wait, neighbours in one go."""
+        assert self._stream is not None and self._memory is not None and self._pinned is not None
+        sent, self._waiting = self._waiting, []
+        low, high = min(sent), max(sent) + 1
+        runs = [slice(low, high)] if high - low == len(sent) else [slice(k, k + 1) for k in sent]
+        self._stream.wait_stream(torch.cuda.current_stream(self._memory.device))
+        with torch.cuda.stream(self._stream):
+            for run in runs:
+                self._pinned[run].copy_(self._memory[run], non_blocking=True)
+            event = self._stream.record_event()
+        for k in sent:
+            self._copied[k] = event
+            self._sent(k)
+
+    def _host(self, grad_Nw: Tensor) -> Tensor:
+        """Return pinned memory for all parts, the same at every call."""
+        if self._pinned is None:
+            shape = (self.count, *grad_Nw.shape)
+            self._pinned = torch.empty(shape, dtype=grad_Nw.dtype, pin_memory=True)
+        return self._pinned
 
     def wait(self, k: int) -> Tensor:
         """Return part `k`, [N, w], once it is in the owner's memory."""
@@ -99,6 +185,10 @@ def _norm(grad_Nw: Tensor) -> Tensor:
     return by_row.double().square().sum().sqrt()
 
 
+def _nothing(k: int) -> None:
+    """Leave a part where it is: the step has no other."""
+
+
 class StepGradient:
     """Gradients of all rows that a step touches, over its micro-batches.
 
@@ -121,6 +211,7 @@ class StepGradient:
         self._thread, self._kernels = thread, kernels
         self._device, self._mesh_device = device, compute
         self._first: BatchGradient | None = None
+        self._begun: list[BatchGradient] = []
         self._folded = False
         self._place_of_row = torch.full((local_rows,), -1, dtype=torch.int64, device=device)
         self._rows: list[Tensor] = []
@@ -135,20 +226,23 @@ class StepGradient:
         assert self._first is not None
         return self._used if self._folded else self._first.plan.wanted_N.shape[0]
 
-    def begin(self, batch: BatchGradient) -> Callable[[int], None]:
-        """Take a micro-batch in; call what is returned behind each of its `put`s."""
+    def begin(self, batch: BatchGradient) -> None:
+        """Take a micro-batch in, before its first part comes."""
         self.batches += 1
+        self._begun.append(batch)
         if self.batches == 1:
             self._first = batch
-            return lambda k: None
+            batch.sent = _nothing
+            return
         if not self._folded:
             self._fold()
         places_N, fresh_N = self._places(batch.plan.wanted_N.to(self._device))
-        return lambda k: self._add(batch, k, places_N, fresh_N)
+        batch.sent = lambda k: self._add(batch, k, places_N, fresh_N)
 
     def squared_norm(self) -> Tensor:
         """Return the sum of squares of this rank's rows, fp64 0-dim."""
         assert self._first is not None
+        self._finish()
         if not self._folded:
             return self._first.squared_norm()
         used = self._used
@@ -161,6 +255,7 @@ class StepGradient:
         The latter is for the tier's thread, behind everything submitted so far.
         """
         assert self._first is not None
+        self._finish()
         if not self._folded:
             return self._first.plan.wanted_N.to(self._device), self._first.wait
         used = self._used
@@ -172,10 +267,16 @@ class StepGradient:
             self._place_of_row[rows] = -1
         self._rows, self._used, self.batches = [], 0, 0
         self._first, self._folded = None, False
+        self._begun.clear()
+
+    def _finish(self) -> None:
+        for batch in self._begun:
+            batch.finish()
 
     def _fold(self) -> None:
         first = self._first
         assert first is not None
+        first.finish()
         self._folded = True
         places_N, fresh_N = self._places(first.plan.wanted_N.to(self._device))
         for k in reversed(range(self._count)):

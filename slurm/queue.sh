@@ -10,7 +10,11 @@ committed_step() {
   for marker in "$RUN"/checkpoints/step-*/COMMITTED; do
     [[ -e $marker ]] || continue
     step=$(basename "$(dirname "$marker")")
-    step=$((10#${step#step-}))
+    step=${step#step-}
+    # One that is being replaced still counts; what was set aside under another name does not.
+    step=${step%.replaced}
+    [[ $step =~ ^[0-9]+$ ]] || continue
+    step=$((10#$step))
     if ((step > newest)); then newest=$step; fi
   done
   echo "$newest"

@@ -95,6 +95,22 @@ ctypes.PyDLL(None).sleep(60)
     assert "Timeout" in done.stderr
 
 
+def test_a_zero_limit_behind_a_first_step_with_one_waits_forever(tmp_path: Path) -> None:
+    code = """
+import faulthandler
+later = faulthandler.dump_traceback_later
+faulthandler.dump_traceback_later = lambda t, exit: later(2, exit=exit)
+dog = watch(1, 0)
+time.sleep(0.5)
+dog.beat(1)
+time.sleep(5)
+print("still here")
+dog.close()
+"""
+    done = run(tmp_path, code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "still here\n", "")
+
+
 def test_beats_pauses_and_a_zero_limit_keep_a_process_alive(tmp_path: Path) -> None:
     code = """
 dog = watch(0.6, 0.6)

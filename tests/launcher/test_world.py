@@ -18,6 +18,7 @@ from torch import Tensor
 from launcher.checkpoint_diff import difference
 from launcher.checkpoint_verbs import main as checkpoint_verb
 from launcher.export import export
+from launcher.plan_verb import main as plan
 from parallel.checkpoint import Checkpoint, CheckpointError
 from parallel.checkpoint_read import TableReader
 from parallel.mesh import Mesh
@@ -192,6 +193,24 @@ def test_exported_model_gives_the_runs_logits_bit_for_bit(
     close = load_exported(half).logits(tokens(), LENGTHS)
     assert not torch.equal(close, result["logits"])
     torch.testing.assert_close(close, result["logits"], rtol=0.1, atol=0.05)
+
+
+def test_input_embedding_in_the_rows_is_planned_and_exported_bit_for_bit(
+    two_ranks: Ranks, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tiny_config(tmp_path, corpus), tmp_path / "exported"
+    rows_too = ["--model.tie_embeddings", "false", "--model.embedding_partition", "rows"]
+    assert plan([str(path), "--gpus-per-node", "2", *rows_too]) in (0, None)
+    assert "in the table" in capsys.readouterr().out
+    steps = [*SHORT, "--train.steps", "2"]
+    result = two_ranks.run(trained, path, [*steps, *rows_too], timeout=400)[0]
+    assert checkpoint_verb(["export", str(tmp_path / "runs" / "tiny"), str(out)]) == 0
+    weight = load_file(out / "deepembed.safetensors")["weight"]
+    exported = load_exported(out)
+    assert weight.shape == (512, exported.cfg.row_width)
+    assert weight[:, : exported.cfg.width].std() > 0.01
+    assert torch.equal(exported.logits(tokens(), LENGTHS), result["logits"])
+    assert len(list(exported.generate([1, 5], 4))) == 4
 
 
 def test_damaged_checkpoint_or_export_is_refused_by_file(
