@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 import os
 import pickle
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data import patient
+from data.index import StoreAwayError
+from data.stored import fetch
 from data.tokenizer import Tokenizer
-from launcher import config
-from launcher.redact import redact
+from launcher import __main__, config, worker
+from launcher.lifecycle import LaunchConfig, RunError
+from launcher.ranks import free_port
+from launcher.redact import guard_output, redact
 from parallel.checkpoint import CheckpointError, CheckpointStore
 from tests.launcher.tiny import finish, tiny_config, tiny_corpus, tiny_onn
 from tests.parallel.test_checkpoint import ALONE, saved_alone
@@ -122,6 +131,89 @@ def test_secrets_are_taken_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> N
     assert redact("an@address and s3://bucket/a@b stay") == "an@address and s3://bucket/a@b stay"
 
 
+@pytest.fixture
+def logged() -> Iterator[io.StringIO]:
+    """What a library's own handler writes; the process is as before afterwards."""
+    make, hook = logging.getLogRecordFactory(), threading.excepthook
+    out = io.StringIO()
+    handler = logging.StreamHandler(out)
+    logging.getLogger().addHandler(handler)
+    yield out
+    logging.getLogger().removeHandler(handler)
+    logging.setLogRecordFactory(make)
+    threading.excepthook = hook
+
+
+def test_an_endpoint_with_credentials_does_not_reach_the_log_while_the_store_is_away(
+    logged: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard_output()
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://user:{CANARY}@127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(patient, "FIRST_PAUSE", 0.1)
+    with pytest.raises(StoreAwayError):
+        fetch("s3://bucket/index.json", tmp_path / "index.json", patience=4)
+    assert "trying again" in logged.getvalue()
+    assert "***@127.0.0.1" in logged.getvalue()
+    assert CANARY not in logged.getvalue()
+
+
+def test_every_process_that_logs_is_guarded(
+    logged: io.StringIO, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def speak(argv: Any) -> int:
+        try:
+            raise ValueError(f"in http://me:{CANARY}@host/")
+        except ValueError:
+            logging.getLogger("x").exception("at %s", f"http://me:{CANARY}@host/")
+
+        def die() -> None:
+            raise ValueError(f"thread http://me:{CANARY}@host/")
+
+        thread = threading.Thread(target=die)
+        thread.start()
+        thread.join()
+        return 0
+
+    unguarded, hook = logging.getLogRecordFactory(), threading.excepthook
+    monkeypatch.setattr(worker, "run", speak)
+    monkeypatch.setattr("launcher.path_verb.main", speak)
+    for main in (worker.main, __main__.main):
+        logging.setLogRecordFactory(unguarded)
+        threading.excepthook = hook
+        assert main(["path"]) == 0
+    text, said = logged.getvalue(), capfd.readouterr().err
+    assert text.count("at http://***@host/") == text.count("ValueError: in http://***@host/") == 2
+    assert said.count("ValueError: thread http://***@host/") == 2
+    assert CANARY not in text + said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WANDB_API_KEY", "HF_TOKEN", "DB_PASSWD", "PGPASSWORD", "GH_PAT", "TLS_PRIVATE_KEY",
+        "AWS_ACCESS_KEY_ID", "aws_secret_access_key", "REDIS_AUTH", "SMTP_PASS", "MYSQL_PWD",
+    ],
+)  # fmt: skip
+def test_a_variable_that_is_a_secret_by_its_name_is_neither_kept_nor_shown(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RunError, match=f"launch.environment has {name}: secrets are not kept"):
+        LaunchConfig(environment={name: CANARY})
+    monkeypatch.setenv(name, CANARY)
+    assert redact(f"said {CANARY}") == "said ***"
+
+
+def test_variables_that_are_no_secrets_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("NCCL_SOCKET_IFNAME", "TOKENIZERS_PARALLELISM", "PWD", "OLDPWD", "SSH_AUTH_SOCK")
+    LaunchConfig(environment=dict.fromkeys(names, "/some/where"))
+    for name in names:
+        monkeypatch.setenv(name, "/some/where")
+    assert redact("in /some/where") == "in /some/where"
+
+
 @pytest.mark.slow
 def test_run_folder_follows_the_umask_and_holds_no_secret_of_the_environment(
     tmp_path: Path,
@@ -143,8 +235,10 @@ def test_run_folder_follows_the_umask_and_holds_no_secret_of_the_environment(
         assert code == 0, output
         # One that fails, at an address of which the endpoint's credentials are a part.
         cache = ["--data.cache", str(tmp_path / "cache"), "--name", "failed"]
+        cache += ["--data.patience", "2"]
         bad = finish(tiny_onn("pretrain", path, "--data.path", "s3://b/c", *cache, **secrets))
         assert bad[0] == 1 and "cannot fetch s3://b/c" in bad[1], bad[1]
+        assert "trying again" in bad[1]
     finally:
         os.umask(before)
     assert CANARY not in output + bad[1]
