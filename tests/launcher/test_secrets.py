@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,55 @@ def test_pickle_in_any_place_of_a_checkpoint_or_export_is_never_run(tmp_path: Pa
             json.dumps({"format": 1, "model": {"vocab_size": 300, "width": 32, "layers": 1}})
         )
     assert not exploded.exists()
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module on the path that makes a file when it is imported."""
+    exploded = tmp_path / "exploded"
+    (tmp_path / "evilmod.py").write_text(f"open({str(exploded)!r}, 'w')\nclass X: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield exploded
+    sys.modules.pop("evilmod", None)
+
+
+CLASS = {"class_path": "evilmod.X"}
+
+
+@pytest.mark.parametrize("value", ["evilmod.X", CLASS, [CLASS], None])
+@pytest.mark.parametrize("key", ["model", "model.ffn", "data.build", "launch", "engine.optimizer"])
+def test_a_strangers_configuration_imports_nothing(
+    tmp_path: Path, evil: Path, key: str, value: Any
+) -> None:
+    tree: Any = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    file, plain = tmp_path / "c.yaml", tmp_path / "d.yaml"
+    plain.write_text("name: x\n")
+    dotted = {key: value}
+    for arguments in (tree, dotted, [f"--{key}", json.dumps(value)], [f"--{key}={value}"]):
+        if isinstance(arguments, dict):
+            file.write_text(json.dumps(arguments))
+        if value is None and key == "data.build" and arguments != ["--data.build=None"]:
+            continue
+        with pytest.raises(config.ConfigError, match=key.replace(".", r"\.")):
+            if isinstance(arguments, dict):
+                config.load(file)
+            else:
+                config.load(plain, arguments)
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize("value", ["evilmod.X", CLASS, [CLASS], None])
+@pytest.mark.parametrize("key", ["", "ffn", "attention", "deepembed"])
+def test_a_strangers_export_imports_nothing(
+    tmp_path: Path, evil: Path, key: str, value: Any
+) -> None:
+    model = {"vocab_size": 300, "width": 32, "layers": 1, key: value} if key else value
+    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "model": model}))
+    with pytest.raises(ExportError, match=r"config\.json: .*model"):
+        load_exported(tmp_path)
+    assert not evil.exists()
 
 
 def test_corpus_whose_columns_are_pickles_is_not_unpickled(tmp_path: Path) -> None:
