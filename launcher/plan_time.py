@@ -120,7 +120,8 @@ def flow_seconds(job: Job, flow: Flow) -> float:
 def launch_seconds(job: Job) -> float:
     """Seconds that the host needs to launch a step: per block and pass, by its kinds."""
     machine = job.machine
-    block = machine.block_seconds + machine.ranks_seconds * (job.world > 1)
+    block = machine.block_seconds + machine.gathered_seconds * (not job.resident)
+    block += machine.eager_seconds * (not job.cfg.model.compile_blocks)
     block += machine.nsa_seconds * (job.shape.attention == "nsa")
     block += machine.dynmoe_seconds * (job.shape.ffn == "dynmoe")
     return block * job.shape.layers * job.micro_batches

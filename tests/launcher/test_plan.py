@@ -164,8 +164,8 @@ def test_traffic_by_hand(tiny: RunConfig) -> None:
 
 
 def test_times_add_up_and_follow_the_machine(tiny: RunConfig) -> None:
-    host = dict.fromkeys(("block_seconds", "nsa_seconds", "dynmoe_seconds"), 0.0)
-    slow = Machine(**host, ranks_seconds=0.0, hop=0.0)
+    launches = ("block", "eager", "nsa", "dynmoe", "gathered")
+    slow = Machine(**{f"{part}_seconds": 0.0 for part in launches}, hop=0.0)
     planned = replace(job(tiny), machine=slow)
     fast = replace(planned, machine=replace(slow, peak_flops=2 * slow.peak_flops))
     for name, seconds in compute_seconds(planned).items():
