@@ -35,11 +35,20 @@ class Stragglers:
         self._spare: list[Any] = []
         blocks = model.blocks
         assert isinstance(blocks, nn.ModuleList)
-        for module in blocks[len(blocks) // 2].modules():
-            if any(True for _ in module.parameters(recurse=False)):
-                module.register_forward_pre_hook(self._start)
-                # Before DeepSpeed's, which gives the weights back.
-                module.register_forward_hook(self._end, prepend=True)
+        for module in self._timed(blocks[len(blocks) // 2]):
+            module.register_forward_pre_hook(self._start)
+            # Before DeepSpeed's, which gives the weights back.
+            module.register_forward_hook(self._end, prepend=True)
+
+    def _timed(self, block: nn.Module) -> list[nn.Module]:
+        """Modules whose bodies are work of this rank alone."""
+        if self.device.type == "cuda" and getattr(block, "compile_blocks", False):
+            # Norms and projections are not called as modules; ranks that share a sequence meet
+            # in attention, and only DynMoE's layer remains.
+            ffn = block.get_submodule("ffn")
+            alone = block.get_submodule("attention").exchange is None
+            return [block] if alone else [ffn]
+        return [m for m in block.modules() if any(True for _ in m.parameters(recurse=False))]
 
     def begin(self) -> None:
         """Forget what was timed outside of steps (validation, samples of text)."""

@@ -164,7 +164,9 @@ class Block(nn.Module):
 
         `first` is the index of the first of these tokens in the whole sequence.
         """
-        if self.compile_blocks and docs is not None and (x_TC.is_cuda or fused.ANYWHERE):
+        # Texts to ask a model about have all lengths: compiling would take longer than answering.
+        compiles = self.compile_blocks and self.training and (x_TC.is_cuda or fused.ANYWHERE)
+        if compiles and docs is not None:
             heads_TQ = self._attend_compiled(x_TC, cos_TD, sin_TD, docs)
             after = x_TC, heads_TQ, self.attention.w_out_CQ, self.ffn_norm.weight, self.ffn_norm.eps
             if isinstance(self.ffn, DenseFfn) and self.deepembed is None:

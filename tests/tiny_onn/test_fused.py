@@ -71,3 +71,26 @@ def test_loss_and_gradients_are_those_of_eager_blocks(cfg: ModelConfig) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
     # One compiled function each, for all layers.
     assert 1 <= fused.compiled.cache_info().currsize <= 2
+
+
+def test_other_lengths_compile_once_more_and_evaluation_never() -> None:
+    """If every size did, torch's limit of recompilations would end the run."""
+    torch.manual_seed(0)
+    eager = TinyOnn(DENSE)
+    model = TinyOnn(replace(DENSE, compile_blocks=True))
+    model.load_state_dict(eager.state_dict())
+
+    def compare(T: int) -> None:
+        ids = torch.randint(DENSE.vocab_size, (T,))
+        found, wanted = (
+            m(ids, ids.roll(-1), Documents((T,)), torch.tensor(1.0)).nll_sum for m in (model, eager)
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+
+    model.eval()
+    with torch.no_grad():
+        compare(64)
+    assert fused.compiled.cache_info().currsize == 0
+    model.train()
+    for T in (40, 33, 21, 64, 17, 50, 29, 38, 61, 45):
+        compare(T)
