@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch.distributed as dist
 from data.host import environment_rank, gather, local_world, ranks_on_host, together
 from data.index import INDEX, check_hash, rebuild_hint
 from data.leftovers import Claim, claim, start_lock, tidy_at_exit
-from data.patient import PatientDownloader
+from data.patient import PatientDownloader, downloader
 from data.stored import StoredCorpus, fetch
-from data.streaming_shim import ShardState, StreamingDataset
+from data.streaming_shim import ShardState, StreamingDataset, generate_work
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,10 @@ class Samples(StreamingDataset):
         self._here: set[int] = set()
         self._remedy = remedy
         self._checked: dict[int, tuple[int, int, int]] = {}
-        for stream in self.streams:
-            patient = PatientDownloader(stream._downloader, patience)
-            stream._downloader = patient  # type: ignore[assignment]
+        self._asked: dict[int, float] = {}
+        (stream,) = self.streams
+        self._patient: PatientDownloader = downloader(stream.remote, patience)
+        stream._downloader = self._patient  # type: ignore[assignment]
 
     def on_exception(self, future: Future[None]) -> None:
         """Note why a downloading thread failed and stop the others."""
@@ -63,8 +65,15 @@ class Samples(StreamingDataset):
         """
         if shard_id in self._here and not blocking:
             return
+        since = self._asked.get(shard_id, time.monotonic())
+        if blocking:
+            # Whoever was waited for may have failed: asked again, it has the same deadline.
+            self._asked[shard_id] = since
         try:
-            super().prepare_shard(shard_id, blocking)
+            with self._patient.waiting_since(since):
+                super().prepare_shard(shard_id, blocking)
+            if self._shard_states[shard_id] == ShardState.LOCAL:
+                self._asked.pop(shard_id, None)
             if self._shard_states[shard_id] == ShardState.LOCAL:
                 # Here, because a background thread comes by well before the first sample is read.
                 self._check(shard_id)
@@ -125,6 +134,21 @@ class Samples(StreamingDataset):
                 "initial_physical_nodes": 1,
             }
         )
+
+    def ids_from(self, epoch: int, sample: int, batches: int) -> list[int]:
+        """Return, sorted, which samples all ranks together take from a position of an epoch on.
+
+        Nothing is read and nothing moves, but it takes as long as the begin of an epoch.
+
+        Args:
+            epoch: number of the epoch.
+            sample: samples of it that come before.
+            batches: batches that every rank takes.
+        """
+        world = self._parallel_rank_world.detect_workers()
+        # By node, rank of the node, worker, batch and place in the batch.
+        work = generate_work(self.batching_method, self, world, epoch, sample)
+        return sorted(int(i) for i in work[:, :, :, :batches].flatten())
 
     def stop(self) -> None:
         """End the background threads; nothing can be iterated afterwards."""
