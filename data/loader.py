@@ -128,6 +128,17 @@ class PackedLoader:
         """Return the `data_step` at which a `state_dict()` was taken."""
         return self._data_step((int(state["epoch"]), int(state["sample_in_epoch"])))
 
+    def sample_ids(self, begin: int, end: int) -> list[int]:
+        """Return, sorted, the samples of the data steps [begin, end) of all ranks."""
+        ids: list[int] = []
+        while begin < end:
+            epoch, step = divmod(begin, self.steps_per_epoch)
+            steps = min(end - begin, self.steps_per_epoch - step)
+            batches = steps * self.accumulation
+            ids += self._samples.ids_from(epoch, step * self.samples_per_step, batches)
+            begin += steps
+        return sorted(ids)
+
     def leave_out(self, windows: Sequence[tuple[int, int]]) -> None:
         """Never hand out the data steps [begin, end) of these windows; on all ranks alike."""
         self._left_out = sorted(windows)

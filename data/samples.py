@@ -18,7 +18,7 @@ from data.index import INDEX, check_hash, rebuild_hint
 from data.leftovers import Claim, claim, start_lock, tidy_at_exit
 from data.patient import PatientDownloader, downloader
 from data.stored import StoredCorpus, fetch
-from data.streaming_shim import ShardState, StreamingDataset
+from data.streaming_shim import ShardState, StreamingDataset, generate_work
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,21 @@ class Samples(StreamingDataset):
                 "initial_physical_nodes": 1,
             }
         )
+
+    def ids_from(self, epoch: int, sample: int, batches: int) -> list[int]:
+        """Return, sorted, which samples all ranks together take from a position of an epoch on.
+
+        Nothing is read and nothing moves, but it takes as long as the begin of an epoch.
+
+        Args:
+            epoch: number of the epoch.
+            sample: samples of it that come before.
+            batches: batches that every rank takes.
+        """
+        world = self._parallel_rank_world.detect_workers()
+        # By node, rank of the node, worker, batch and place in the batch.
+        work = generate_work(self.batching_method, self, world, epoch, sample)
+        return sorted(int(i) for i in work[:, :, :, :batches].flatten())
 
     def stop(self) -> None:
         """End the background threads; nothing can be iterated afterwards."""

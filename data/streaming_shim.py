@@ -84,6 +84,7 @@ def _stand_ins() -> Iterator[None]:
 
 with _stand_ins():
     from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
+    from streaming.base.batching import generate_work
     from streaming.base.dataset import _ShardState as ShardState
     from streaming.base.format.mds.encodings import _encodings
     from streaming.base.storage.download import CloudDownloader, S3Downloader
@@ -105,4 +106,5 @@ __all__ = [
     "ShardState",
     "StreamingDataLoader",
     "StreamingDataset",
+    "generate_work",
 ]

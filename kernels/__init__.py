@@ -3,11 +3,11 @@
 from kernels.documents import Documents
 from kernels.experts import expert_ffn
 from kernels.full_attention import full_attention
+from kernels.modulate import modulate
 from kernels.nsa import NsaSpec, nsa_attention, nsa_decode
 from kernels.rows import (
     RowIndex,
     gather_rows,
-    modulate,
     row_index,
     segment_sum,
     split_layers,

@@ -8,7 +8,7 @@ Several layers share one row `[U, L*W]`. Slicing its columns per layer makes aut
 tensor of the whole size for every layer; `split_layers` makes L views whose gradients are stacked
 once.
 
-Shapes: T tokens, U unique rows, W columns, L layers.
+Shapes: T tokens, U unique rows, W columns, L layers, P pieces of rows, J long rows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,62 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+PIECE = 16
+"""Tokens that one program of a GPU takes of a row."""
+
+
+class Pieces(NamedTuple):
+    """Rows cut into pieces of at most `PIECE` tokens, so that a frequent id is no long loop.
+
+    Attributes:
+        pieces_P4: (row, first place in `order_T`, end, slot of its partial sum), int64 [P, 4]; slot
+            -1 where the piece is the whole row, row -1 where there is no piece.
+        long_J3: rows of several pieces: (row, slot of the first, pieces), int64 [J, 3]; row -1
+            where there is none.
+        slots: partial sums in all, or a bound.
+    """
+
+    pieces_P4: Tensor
+    long_J3: Tensor
+    slots: int
+
+    @classmethod
+    def of(cls, starts_U1: Tensor, tokens: int) -> Pieces:
+        """Cut rows; on a GPU nothing is waited for, and the sizes are bounds.
+
+        Args:
+            starts_U1: of a `RowIndex`.
+            tokens: T.
+        """
+        rows = starts_U1.shape[0] - 1
+        # A row without a token is a piece, too: its sum of 0 must be written.
+        count_U = ((starts_U1.diff() + (PIECE - 1)) // PIECE).clamp_(min=1)
+        end_U = count_U.cumsum(0)
+        long_U = count_U > 1
+        slots_U = torch.where(long_U, count_U, 0)
+        slot_U = slots_U.cumsum(0) - slots_U
+        if starts_U1.is_cuda or rows == 0:
+            pieces, longs = rows + tokens // PIECE, min(rows, tokens // PIECE)
+            slots = 2 * (tokens // PIECE)
+            by_length = count_U.argsort(descending=True, stable=True)[:longs]
+        else:
+            pieces, slots = int(end_U[-1]), int(slots_U.sum())
+            by_length = long_U.nonzero()[:, 0]
+        piece_P = torch.arange(pieces, device=starts_U1.device)
+        row_P = torch.searchsorted(end_U, piece_P, right=True)
+        inside_P = row_P.clamp(max=max(rows - 1, 0))
+        number_P = piece_P - (end_U - count_U)[inside_P]
+        first_P = starts_U1[inside_P] + number_P * PIECE
+        stop_P = torch.minimum(first_P + PIECE, starts_U1[inside_P + 1])
+        slot_P = torch.where(long_U[inside_P], slot_U[inside_P] + number_P, -1)
+        row_P = torch.where(row_P < rows, row_P, -1)
+        long_J = torch.where(long_U[by_length], by_length, -1)
+        return cls(
+            torch.stack((row_P, first_P, stop_P, slot_P), dim=1),
+            torch.stack((long_J, slot_U[by_length], count_U[by_length]), dim=1),
+            slots,
+        )
+
 
 class RowIndex(NamedTuple):
     """Which row every token uses, and the tokens sorted by row (so that nothing sorts twice).
@@ -27,20 +83,33 @@ class RowIndex(NamedTuple):
         inverse_T: row of each token, int64 [T], 0 <= inverse < U.
         order_T: positions of the tokens sorted by row, ties in token order, int64 [T].
         starts_U1: where the tokens of each row begin in `order_T`, int64 [U+1], the last one T.
+        pieces: the rows cut up, for a GPU; None where nobody has asked yet.
     """
 
     inverse_T: Tensor
     order_T: Tensor
     starts_U1: Tensor
+    pieces: Pieces | None = None
+
+    def cut(self) -> RowIndex:
+        """Return the same index with its pieces."""
+        if self.pieces is not None:
+            return self
+        return self._replace(pieces=Pieces.of(self.starts_U1, self.order_T.shape[0]))
 
     def to(self, device: torch.device) -> RowIndex:
         """Return the same index on another device; to a GPU in one copy that nothing waits for."""
+        tensors = [*self[:3], *(self.pieces[:2] if self.pieces is not None else ())]
         if device.type != "cuda" or self.inverse_T.is_cuda:
-            return RowIndex(*(t.to(device) for t in self))
-        sizes = [t.shape[0] for t in self]
-        packed = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=True)
-        torch.cat(tuple(self), out=packed)
-        return RowIndex(*torch.split(packed.to(device, non_blocking=True), sizes))
+            moved = [t.to(device) for t in tensors]
+        else:
+            sizes = [t.numel() for t in tensors]
+            packed = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=True)
+            torch.cat([t.reshape(-1) for t in tensors], out=packed)
+            parts = torch.split(packed.to(device, non_blocking=True), sizes)
+            moved = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+        pieces = None if self.pieces is None else Pieces(moved[3], moved[4], self.pieces.slots)
+        return RowIndex(moved[0], moved[1], moved[2], pieces)
 
 
 def unique_ids(ids_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,16 +203,14 @@ def _segment_sum_naive(grad_TW: Tensor, index: RowIndex, dtype: torch.dtype) -> 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, values_UW: Tensor, inverse_T: Tensor, order_T: Tensor, starts_U1: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(inverse_T, order_T, starts_U1)
-        return values_UW.index_select(0, inverse_T)
+    def forward(ctx: Any, values_UW: Tensor, index: RowIndex) -> Tensor:
+        ctx.index = index
+        return values_UW.index_select(0, index.inverse_T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TW: Tensor) -> tuple[Tensor | None, ...]:
-        return segment_sum(grad_TW, RowIndex(*ctx.saved_tensors)), None, None, None
+        return segment_sum(grad_TW, ctx.index), None
 
 
 def gather_rows(values_UW: Tensor, index: Tensor | RowIndex) -> Tensor:
@@ -158,67 +225,7 @@ def gather_rows(values_UW: Tensor, index: Tensor | RowIndex) -> Tensor:
     """
     if not isinstance(index, RowIndex):
         index = row_index(index, values_UW.shape[0])
-    return _GatherRows.apply(values_UW, *index)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Modulate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_TW: Tensor, values_UW: Tensor, residual_TW: Tensor | None, *index: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x_TW, values_UW, *index)
-        ctx.has_residual = residual_TW is not None
-        inverse_T = index[0]
-        if x_TW.is_cuda:
-            from kernels.rows_triton import modulate_triton
-
-            return modulate_triton(x_TW, values_UW, inverse_T, residual_TW)
-        delta_TW = values_UW.index_select(0, inverse_T).to(x_TW.dtype)
-        y_TW = torch.addcmul(x_TW, x_TW, delta_TW)
-        return y_TW if residual_TW is None else residual_TW + y_TW
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TW: Tensor) -> tuple[Tensor | None, ...]:
-        x_TW, values_UW, *rest = ctx.saved_tensors
-        index = RowIndex(*rest)
-        residual = grad_TW if ctx.has_residual else None
-        if grad_TW.is_cuda:
-            from kernels.rows_triton import modulate_backward_triton
-
-            grads = modulate_backward_triton(grad_TW, x_TW, values_UW, index)
-            return *grads, residual, None, None, None
-        delta_TW = values_UW.index_select(0, index.inverse_T).to(x_TW.dtype)
-        grad_x_TW = torch.addcmul(grad_TW, grad_TW, delta_TW)
-        product_TW = grad_TW.float() * x_TW.float()
-        return (
-            grad_x_TW,
-            segment_sum(product_TW, index, dtype=torch.float32).to(values_UW.dtype),
-            residual,
-            *(None, None, None),
-        )
-
-
-def modulate(
-    x_TW: Tensor,
-    values_UW: Tensor,
-    index: Tensor | RowIndex,
-    residual_TW: Tensor | None = None,
-) -> Tensor:
-    """Return residual + x * (1 + value of the token's row), [T, W], differentiable in all three.
-
-    Computed as x + x * value: in bf16 1 + value itself would lose every value below 1/256. On a GPU
-    one kernel each way, with one rounding; the backward sums the rows' gradients in token order.
-
-    Args:
-        x_TW: fp32 or bf16.
-        values_UW: rows, fp32 or bf16 [U, W], unit stride along W on a GPU.
-        index: inverse_T int64 [T], or a `RowIndex` when several calls share it.
-        residual_TW: added to the result, of the type of `x_TW`; None adds nothing.
-    """
-    if not isinstance(index, RowIndex):
-        index = row_index(index, values_UW.shape[0])
-    return _Modulate.apply(x_TW, values_UW, residual_TW, *index)  # type: ignore[no-any-return, no-untyped-call]
+    return _GatherRows.apply(values_UW, index)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def split_layers(values_UW: Tensor, layers: int) -> tuple[Tensor, ...]:

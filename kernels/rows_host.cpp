@@ -1,5 +1,6 @@
 // Row kernels for an owner's memory: gather, add up and step slices of rows in place, one pass over
-// memory each. Plain C interface, called through ctypes, which lets other Python threads run.
+// memory each. Plain C interface, called through ctypes, which lets other Python threads run: all
+// slices of a row in one call, as every return to Python may wait for those, and they for it.
 //
 // A "slice" is w adjacent columns of a row; row r of a field starts at base + r * stride. Every row
 // is worked on by one thread in a fixed order, so that the bits depend neither on the number of
@@ -76,20 +77,31 @@ struct Step {
   float *weight, *first, *second;
   int64_t weight_stride, first_stride, second_stride;
   const void* grad;
-  int64_t grad_bf16;
-  const int64_t* grad_places;
+  int64_t grad_bf16, grad_stride;
   float clip, beta1, beta2, eps, decay, lr;
   const float *step_size, *root_correction;
   void* out;
   int64_t out_bf16;
   const int64_t* out_places;
+  // Slices that are stepped one after another: how far the next one's columns are, its gradient,
+  // and where to count those that are done.
+  int64_t parts, weight_next, first_next, second_next, out_next;
+  const void* const* grads;
+  int64_t* ready;
 };
+
+inline int64_t size_of(bool bf16) { return bf16 ? 2 : 4; }
+
+// Tell whoever polls the counter that everything before is written.
+inline void post(int64_t* ready, int64_t count) {
+  if (ready) __atomic_store_n(ready, count, __ATOMIC_RELEASE);
+}
 
 template <bool BF16>
 void step_row(const Step& s, int64_t i) {
   const int64_t w = s.w, slot = s.slots[i];
   const Gradient gradient{s.grad, BF16};
-  const int64_t from = (s.grad_places ? s.grad_places[i] : i) * w;
+  const int64_t from = i * s.grad_stride;
   float* weight = s.weight + slot * s.weight_stride;
   float* second = s.second + slot * s.second_stride;
   const float clip = s.clip, decay = s.decay;
@@ -135,22 +147,30 @@ void step_row(const Step& s, int64_t i) {
 
 extern "C" {
 
-// out[places[i]] = source[slots[i]] for n slices; without places, out[i].
+// Of `parts` slices side by side, one after another: out[places[i]] = source[slots[i]] for n rows;
+// without places, out[i]. The output's slices are `out_next` numbers apart.
 void rows_gather(const float* source, int64_t stride, const int64_t* slots, int64_t n, int64_t w,
-                 void* out, int64_t out_bf16, const int64_t* places, int64_t threads) {
+                 int64_t parts, void* out, int64_t out_bf16, int64_t out_next,
+                 const int64_t* places, int64_t* ready, int64_t threads) {
+  for (int64_t k = 0; k < parts; ++k) {
+    void* target = static_cast<char*>(out) + k * out_next * size_of(out_bf16 != 0);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < n; ++i)
-    store(source + slots[i] * stride, out, out_bf16 != 0, (places ? places[i] : i) * w, w);
+    for (int64_t i = 0; i < n; ++i)
+      store(source + slots[i] * stride + k * w, target, out_bf16 != 0,
+            (places ? places[i] : i) * w, w);
+    post(ready, k + 1);
+  }
 }
 
 // total[places[i]] += grad[i], or = where fresh[i]; squares[places[i]] = sum of squares of the row.
 void rows_add(float* total, const int64_t* places, const uint8_t* fresh, int64_t n, int64_t w,
-              const void* grad, int64_t grad_bf16, float* squares, int64_t threads) {
+              const void* grad, int64_t grad_bf16, int64_t grad_stride, float* squares,
+              int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < n; ++i) {
     float* row = total + places[i] * w;
     const Gradient gradient{grad, grad_bf16 != 0};
-    const int64_t from = i * w;
+    const int64_t from = i * grad_stride;
     if (fresh[i]) {
 #pragma omp simd
       for (int64_t c = 0; c < w; ++c) row[c] = gradient.at(from + c);
@@ -175,15 +195,24 @@ void rows_checksum(const uint64_t* words, int64_t width, const int64_t* places, 
   }
 }
 
-// Step n distinct row slices in place and, where asked, write their new weights for transport.
+// Step n distinct rows in place, slice by slice, and where asked write their new weights for
+// transport.
 void rows_step(const Step* step, int64_t threads) {
-  const Step s = *step;
+  for (int64_t k = 0; k < step->parts; ++k) {
+    Step s = *step;
+    s.weight += k * s.weight_next;
+    s.first += k * s.first_next;
+    s.second += k * s.second_next;
+    s.grad = s.grads[k];
+    if (s.out) s.out = static_cast<char*>(s.out) + k * s.out_next * size_of(s.out_bf16 != 0);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < s.n; ++i) {
-    if (s.grad_bf16)
-      step_row<true>(s, i);
-    else
-      step_row<false>(s, i);
+    for (int64_t i = 0; i < s.n; ++i) {
+      if (s.grad_bf16)
+        step_row<true>(s, i);
+      else
+        step_row<false>(s, i);
+    }
+    post(s.ready, k + 1);
   }
 }
 }

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.rows_step import KINDS, Clock, Fields, RowKernels, Rule, TorchRows, Transport
+from kernels.rows_step import (
+    KINDS,
+    Clock,
+    Counter,
+    Fields,
+    RowKernels,
+    Rule,
+    TorchRows,
+    Transport,
+)
 
 SOURCE = Path(__file__).with_name("rows_host.cpp")
 # No contraction to fused multiply-adds: the same bits on every processor. No unsafe mathematics.
@@ -58,18 +67,27 @@ class CompiledRows:
         self._library = _library()
 
     def gather(
-        self, source_Sw: Tensor, slots_N: Tensor, out_Pw: Tensor, places_N: Tensor | None = None
+        self,
+        source_SW: Tensor,
+        slots_N: Tensor,
+        out_LPw: Tensor,
+        places_N: Tensor | None = None,
+        ready: Counter | None = None,
     ) -> None:
         """See `RowKernels.gather`."""
+        parts, rows, width = out_LPw.shape
         self._library.rows_gather(
-            _pointer(source_Sw),
-            source_Sw.stride(0),
+            _pointer(source_SW),
+            source_SW.stride(0),
             _pointer(slots_N),
             slots_N.shape[0],
-            source_Sw.shape[1],
-            _pointer(out_Pw),
-            _is_bf16(out_Pw),
+            width,
+            parts,
+            _pointer(out_LPw),
+            _is_bf16(out_LPw),
+            rows * width,
             _pointer(places_N),
+            _address(ready),
             self.threads,
         )
 
@@ -89,7 +107,8 @@ class CompiledRows:
             places_N.shape[0],
             total_Pw.shape[1],
             _pointer(grad_Nw),
-            _is_bf16(grad_Nw),
+            _is_bf16(grad_Nw, rows_apart=True),
+            grad_Nw.stride(0),
             _pointer(squares_P),
             self.threads,
         )
@@ -100,26 +119,34 @@ class CompiledRows:
         slots_N: Tensor,
         fields: Fields,
         clock: Clock,
-        grad_Pw: Tensor,
-        grad_places_N: Tensor | None,
+        grads_LPw: Sequence[Tensor],
         out: Transport | None,
+        ready: Counter | None = None,
     ) -> None:
         """See `RowKernels.step`."""
-        weight_Sw, first_Sw, second = fields
+        parts, (rows, width) = len(grads_LPw), grads_LPw[0].shape
+        if rows != slots_N.shape[0] or any(g.shape != (rows, width) for g in grads_LPw):
+            raise ValueError(
+                f"{slots_N.shape[0]} rows to step with gradients of shapes "
+                f"{[tuple(g.shape) for g in grads_LPw]}"
+            )
+        if len({(_is_bf16(g, rows_apart=True), g.stride(0)) for g in grads_LPw}) != 1:
+            raise ValueError("a step's gradients have one type and rows equally far apart")
+        weight_SW, first_SW, second = fields
         step = _Step(
             KINDS.index(rule.kind),
             slots_N.shape[0],
-            weight_Sw.shape[1],
+            width,
             _pointer(slots_N),
-            _pointer(weight_Sw),
-            _pointer(first_Sw),
+            _pointer(weight_SW),
+            _pointer(first_SW),
             _pointer(second),
-            weight_Sw.stride(0),
-            first_Sw.stride(0),
+            weight_SW.stride(0),
+            first_SW.stride(0),
             second.stride(0),
-            _pointer(grad_Pw),
-            _is_bf16(grad_Pw),
-            _pointer(grad_places_N),
+            None,
+            _is_bf16(grads_LPw[0], rows_apart=True),
+            grads_LPw[0].stride(0),
             rule.clip,
             *rule.betas,
             rule.eps,
@@ -127,9 +154,16 @@ class CompiledRows:
             rule.lr,
             _pointer(clock.step_size_N),
             _pointer(clock.root_correction_N),
-            _pointer(out and out.rows_Pw),
-            0 if out is None else _is_bf16(out.rows_Pw),
+            _pointer(out and out.rows_LPw),
+            0 if out is None else _is_bf16(out.rows_LPw),
             _pointer(out and out.places_N),
+            parts,
+            width,
+            width,
+            second.shape[1] // parts,
+            0 if out is None else out.rows_LPw[0].numel(),
+            (ctypes.c_void_p * parts)(*(_pointer(grad) for grad in grads_LPw)),
+            _address(ready),
         )
         self._library.rows_step(ctypes.byref(step), self.threads)
 
@@ -158,11 +192,15 @@ class _Step(ctypes.Structure):
         *((f"{name}_stride", ctypes.c_int64) for name in ("weight", "first", "second")),
         ("grad", ctypes.c_void_p),
         ("grad_bf16", ctypes.c_int64),
-        ("grad_places", ctypes.c_void_p),
+        ("grad_stride", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("clip", "beta1", "beta2", "eps", "decay", "lr")),
         *((name, ctypes.c_void_p) for name in ("step_size", "root_correction", "out")),
         ("out_bf16", ctypes.c_int64),
         ("out_places", ctypes.c_void_p),
+        ("parts", ctypes.c_int64),
+        *((f"{name}_next", ctypes.c_int64) for name in ("weight", "first", "second", "out")),
+        ("grads", ctypes.POINTER(ctypes.c_void_p)),
+        ("ready", ctypes.c_void_p),
     ]
 
 
@@ -177,8 +215,13 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-def _is_bf16(tensor: Tensor) -> int:
-    if tensor.dtype not in (torch.float32, torch.bfloat16) or not tensor.is_contiguous():
+def _address(counter: Counter | None) -> int | None:
+    return None if counter is None else ctypes.addressof(counter)
+
+
+def _is_bf16(tensor: Tensor, *, rows_apart: bool = False) -> int:
+    whole = rows_apart or tensor.is_contiguous()
+    if tensor.dtype not in (torch.float32, torch.bfloat16) or not whole:
         raise ValueError(
             f"rows travel as contiguous float32 or bfloat16, not as {tensor.dtype} with strides "
             f"{tensor.stride()}"
@@ -195,10 +238,12 @@ def _library() -> ctypes.CDLL:
     for function in ("gather", "add", "step", "checksum"):
         getattr(library, f"rows_{function}").restype = None
     library.rows_gather.argtypes = [
-        *(pointer, number, pointer, number, number, pointer, number, pointer, number)
+        *(pointer, number, pointer, number, number, number),
+        *(pointer, number, number, pointer, pointer, number),
     ]
     library.rows_add.argtypes = [
-        *(pointer, pointer, pointer, number, number, pointer, number, pointer, number)
+        *(pointer, pointer, pointer, number, number),
+        *(pointer, number, number, pointer, number),
     ]
     library.rows_step.argtypes = [pointer, number]
     library.rows_checksum.argtypes = [pointer, number, pointer, number, pointer, pointer, number]

@@ -1,7 +1,8 @@
 """Gather, add up and step slices of rows where an owner keeps them, in torch: the plain way.
 
-A slice is w adjacent columns of a row (one layer's, say); a field of a table shows it as a strided
-view [S, w]. `kernels.rows_host` does the same to host memory in one pass, compiled.
+A row is worked on in L slices (its layers) of w adjacent columns, one after another; a counter
+tells another thread how many are done. `kernels.rows_host` does the same to host memory in one
+pass, compiled.
 
 `adam` on a row touched in every step is torch.optim.Adam. On the others it is lazy: moments do not
 decay in steps that do not touch the row, and bias correction goes by the steps that touched it, so
@@ -9,12 +10,14 @@ that the first step of a rare token has the size of the first step of a common o
 kinds keep one second moment, of the mean squared gradient, for a whole slice: arXiv 1807.01774 does
 it for Adagrad.
 
-Shapes: S rows of a field, N distinct rows at hand, w columns of a slice, P rows of a gradient.
+Shapes: S rows of a field, W columns of a row, N distinct rows at hand, L slices of w = W / L
+columns, P rows of what travels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -55,29 +58,38 @@ class Clock(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """Strided fp32 views of one slice of all rows.
+    """Strided fp32 views of all rows.
 
     Attributes:
-        weight_Sw: the weights.
-        first_Sw: first moment; the weights themselves (unused) for adagrad_rowwise.
-        second: second moment or sum of squares, [S, w] for adam, else [S, 1].
+        weight_SW: the weights.
+        first_SW: first moment; the weights themselves (unused) for adagrad_rowwise.
+        second: second moment or sum of squares, [S, W] for adam, else one per slice, [S, L].
     """
 
-    weight_Sw: Tensor
-    first_Sw: Tensor
+    weight_SW: Tensor
+    first_SW: Tensor
     second: Tensor
+
+    def slice(self, k: int, parts: int) -> Fields:
+        """Return the columns of slice `k` of so many."""
+        widths = [field.shape[1] // parts for field in self]
+        return Fields(*(f[:, k * w : (k + 1) * w] for f, w in zip(self, widths, strict=True)))
 
 
 class Transport(NamedTuple):
     """Where fresh weights go on the way to those who need them next.
 
     Attributes:
-        rows_Pw: contiguous rows, fp32 or bf16.
+        rows_LPw: contiguous slices of rows, fp32 or bf16.
         places_N: row of each stepped row there, int64; -1 where it is not needed.
     """
 
-    rows_Pw: Tensor
+    rows_LPw: Tensor
     places_N: Tensor
+
+
+Counter = ctypes.c_int64
+"""Slices that are done, for a thread that looks now and then."""
 
 
 class RowKernels(Protocol):
@@ -86,9 +98,17 @@ class RowKernels(Protocol):
     name: str
 
     def gather(
-        self, source_Sw: Tensor, slots_N: Tensor, out_Pw: Tensor, places_N: Tensor | None = None
+        self,
+        source_SW: Tensor,
+        slots_N: Tensor,
+        out_LPw: Tensor,
+        places_N: Tensor | None = None,
+        ready: Counter | None = None,
     ) -> None:
-        """Write rows `slots_N` of a field to `out_Pw` (fp32 or bf16), at `places_N` or in order."""
+        """Write rows `slots_N` to `out_LPw` (contiguous, fp32 or bf16), at `places_N` or in order.
+
+        `ready` counts the slices that are written.
+        """
 
     def add(
         self,
@@ -110,11 +130,14 @@ class RowKernels(Protocol):
         slots_N: Tensor,
         fields: Fields,
         clock: Clock,
-        grad_Pw: Tensor,
-        grad_places_N: Tensor | None,
+        grads_LPw: Sequence[Tensor],
         out: Transport | None,
+        ready: Counter | None = None,
     ) -> None:
-        """Step distinct rows in place with rows `grad_places_N` (or in order) of a gradient."""
+        """Step distinct rows in place, one slice after another, with a gradient [N, w] for each.
+
+        `ready` counts the slices that are done, `out` included.
+        """
 
     def checksum(self, words_SR: Tensor, places_N: Tensor, factors_R: Tensor) -> Tensor:
         """Return the sums int64 [N] of records' words times factors modulo 2**64.
@@ -138,15 +161,25 @@ class TorchRows:
     name = "torch"
 
     def gather(
-        self, source_Sw: Tensor, slots_N: Tensor, out_Pw: Tensor, places_N: Tensor | None = None
+        self,
+        source_SW: Tensor,
+        slots_N: Tensor,
+        out_LPw: Tensor,
+        places_N: Tensor | None = None,
+        ready: Counter | None = None,
     ) -> None:
         """See `RowKernels.gather`."""
-        for part in _parts(source_Sw, slots_N.shape[0]):
-            rows = source_Sw.index_select(0, slots_N[part]).to(out_Pw.dtype)
-            if places_N is None:
-                out_Pw[part] = rows
-            else:
-                out_Pw.index_copy_(0, places_N[part], rows)
+        for k, out_Pw in enumerate(out_LPw):
+            w = out_Pw.shape[1]
+            source_Sw = source_SW[:, k * w : (k + 1) * w]
+            for part in _parts(source_Sw, slots_N.shape[0]):
+                rows = source_Sw.index_select(0, slots_N[part]).to(out_Pw.dtype)
+                if places_N is None:
+                    out_Pw[part] = rows
+                else:
+                    out_Pw.index_copy_(0, places_N[part], rows)
+            if ready is not None:
+                ready.value = k + 1
 
     def add(
         self,
@@ -171,27 +204,43 @@ class TorchRows:
         slots_N: Tensor,
         fields: Fields,
         clock: Clock,
-        grad_Pw: Tensor,
-        grad_places_N: Tensor | None,
+        grads_LPw: Sequence[Tensor],
         out: Transport | None,
+        ready: Counter | None = None,
     ) -> None:
         """See `RowKernels.step`."""
-        for part in _parts(fields.weight_Sw, slots_N.shape[0]):
-            slots = slots_N[part]
-            grad = grad_Pw[part] if grad_places_N is None else grad_Pw[grad_places_N[part]]
-            grad = grad.float()
-            if rule.clip != 1.0:
-                grad = grad * rule.clip
-            copies = Fields(*(field.index_select(0, slots) for field in fields))
-            _update(rule, copies, Clock(*(c[part, None] for c in clock)), grad)
-            fields.weight_Sw.index_copy_(0, slots, copies.weight_Sw)
-            fields.second.index_copy_(0, slots, copies.second)
-            if rule.kind != "adagrad_rowwise":
-                fields.first_Sw.index_copy_(0, slots, copies.first_Sw)
-            if out is not None:
-                kept = (out.places_N[part] >= 0).nonzero()[:, 0]
-                rows = copies.weight_Sw.index_select(0, kept).to(out.rows_Pw.dtype)
-                out.rows_Pw.index_copy_(0, out.places_N[part].index_select(0, kept), rows)
+        for k, grad_Pw in enumerate(grads_LPw):
+            columns = fields.slice(k, len(grads_LPw))
+            fresh = None if out is None else Transport(out.rows_LPw[k : k + 1], out.places_N)
+            for part in _parts(columns.weight_SW, slots_N.shape[0]):
+                self._step(rule, slots_N, columns, clock, grad_Pw, fresh, part)
+            if ready is not None:
+                ready.value = k + 1
+
+    def _step(
+        self,
+        rule: Rule,
+        slots_N: Tensor,
+        columns: Fields,
+        clock: Clock,
+        grad_Pw: Tensor,
+        out: Transport | None,
+        part: slice,
+    ) -> None:
+        """Step some rows' slice."""
+        slots, grad = slots_N[part], grad_Pw[part].float()
+        if rule.clip != 1.0:
+            grad = grad * rule.clip
+        copies = Fields(*(field.index_select(0, slots) for field in columns))
+        _update(rule, copies, Clock(*(c[part, None] for c in clock)), grad)
+        columns.weight_SW.index_copy_(0, slots, copies.weight_SW)
+        columns.second.index_copy_(0, slots, copies.second)
+        if rule.kind != "adagrad_rowwise":
+            columns.first_SW.index_copy_(0, slots, copies.first_SW)
+        if out is not None:
+            kept = (out.places_N[part] >= 0).nonzero()[:, 0]
+            rows = copies.weight_SW.index_select(0, kept).to(out.rows_LPw.dtype)
+            out.rows_LPw[0].index_copy_(0, out.places_N[part].index_select(0, kept), rows)
 
     def checksum(self, words_SR: Tensor, places_N: Tensor, factors_R: Tensor) -> Tensor:
         """See `RowKernels.checksum`."""

@@ -1,4 +1,4 @@
-"""`tiny-onn bench attention|experts|routing|tables|train|scaling`: measure beside others."""
+"""`tiny-onn bench attention|experts|routing|tables|train|step|scaling`: measure beside others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ USAGE = """usage: tiny-onn bench attention [options]
        tiny-onn bench tables [options]
        tiny-onn bench routing CONFIG [options] [--dotted.key value ...]
        tiny-onn bench train CONFIG [options] [--dotted.key value ...]
+       tiny-onn bench step CONFIG [options] [--dotted.key value ...]
        tiny-onn bench scaling CONFIG [options] [--dotted.key value ...]
 
 examples:
@@ -19,6 +20,7 @@ examples:
   tiny-onn bench tables --check --json tables.json
   tiny-onn bench routing launcher/configs/demo.yaml --variants param_grad off dense --seeds 0 1 2
   tiny-onn bench train launcher/configs/demo.yaml --variants sparse 'all dense'
+  tiny-onn bench step launcher/configs/125m.yaml --settings gathered resident --gpus 2
   tiny-onn bench scaling launcher/configs/1b.yaml --gpus 2
 """
 
@@ -28,6 +30,7 @@ BENCHES = {
     "tables": "launcher.bench_tables",
     "routing": "launcher.bench_routing",
     "train": "launcher.bench_train",
+    "step": "launcher.bench_step",
     "scaling": "launcher.bench_scaling",
 }
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from parallel.checkpoint import Checkpoint, CheckpointError, list_checkpoints, verify
+from parallel.checkpoint_files import list_set_aside
 
 USAGE = """usage: tiny-onn checkpoint list RUN
        tiny-onn checkpoint verify RUN [--step N]
@@ -33,8 +34,10 @@ def _folder(run: Path) -> Path:
 
 def _list(run: Path) -> int:
     found = list_checkpoints(_folder(run))
-    for info in found:
+    aside = list_set_aside(_folder(run))
+    for info in sorted([*found, *aside], key=lambda info: info.step):
         state = "committed" if info.committed else "unfinished, ignored"
+        state = "damaged, set aside" if info in aside else state
         print(f"step {info.step:>8}  {info.size / 2**20:10.1f} MiB  {state:<20}  {info.path}")
     if not found:
         print(f"{run}: no checkpoint yet")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.index import TOKENIZER
 from data.loader import Batch, PackedLoader
 from data.tokenizer import Tokenizer
 from kernels import Documents
@@ -214,6 +215,7 @@ def build(cfg: RunConfig, folder: RunFolder, checkpoints: Path | None = None) ->
             model.deepembed,
             dtype=cfg.engine.dtype(mesh.device),
             groups=model.row_parts,
+            ids_from=f"{cfg.data.path}/{TOKENIZER} ({tokenizer.size:,} ids)",
         )
         if model.embedding_partition == "rows":
             table.draw_part(0, model.init_std, cfg.seed)

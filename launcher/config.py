@@ -116,6 +116,7 @@ MAY_CHANGE = (
     "engine.zero.overlap_comm",
     "engine.zero.param_persistence_threshold",
     "engine.zero.prefetch_bucket_size",
+    "engine.zero.resident_gib",
     "engine.zero.sub_group_size",
     "model.deepembed.cache_rows",
     "model.deepembed.direct",

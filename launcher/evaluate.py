@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.index import DataError
+from data.loader import Batch
 from kernels.rows import RowIndex
 from tiny_onn.generation import Sampling, generate
 
@@ -53,12 +55,17 @@ def evaluating(c: Components) -> Iterator[None]:
 
 
 def validate(c: Components, sequences: int = 0) -> Validation:
-    """Return the loss over the first `sequences` held-out sequences (0 takes all) of all ranks."""
+    """Return the loss over the first `sequences` held-out sequences (0 takes all) of all ranks.
+
+    Raises:
+        DataError: a rank cannot read its sequences; on all ranks.
+        ValueError: there is no held-out sequence.
+    """
     device = c.engine.device
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     scale = torch.ones((), device=device)
     with evaluating(c):
-        for batch in c.loader.evaluation_batches(sequences):
+        for batch in _batches(c, sequences):
             output = c.forward(batch, c.fetch_rows(batch.ids_T), scale)
             totals += torch.tensor(
                 [0.0, float(batch.n_labels), float(c.label_bytes(batch.labels_T))],
@@ -77,6 +84,25 @@ def validate(c: Components, sequences: int = 0) -> Validation:
     return Validation(
         nll / labels, nll / math.log(2) / max(n_bytes, 1.0), int(labels), int(n_bytes)
     )
+
+
+def _batches(c: Components, sequences: int) -> Iterator[Batch]:
+    """Yield this rank's held-out batches; a rank that cannot read one ends it for all."""
+    batches = c.loader.evaluation_batches(sequences)
+    while True:
+        batch: Batch | None = None
+        failure: DataError | None = None
+        try:
+            batch = next(batches, None)
+        except DataError as e:
+            failure = e
+        failed = torch.tensor(int(failure is not None))
+        dist.all_reduce(failed)
+        if failed:
+            raise failure or DataError("another rank cannot read its held-out data")
+        if batch is None:
+            return
+        yield batch
 
 
 def text_sample(c: Components, prompt: str, tokens: int, sampling: Sampling | None = None) -> str:

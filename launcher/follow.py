@@ -20,7 +20,7 @@ from launcher.components import Components
 from launcher.evaluate import Validation, validate
 from launcher.jsonl import JsonLines, read_rows
 from launcher.lifecycle import RunFolder
-from launcher.resume import restore
+from launcher.resume import restore_to_read
 from parallel.checkpoint import CheckpointError, list_checkpoints
 
 WAIT, END = -1, -2
@@ -81,7 +81,7 @@ class Follower:
 
     def _evaluate(self, step: int) -> None:
         try:
-            restore(self.c, step)
+            restore_to_read(self.c, step)
             result = validate(self.c, self.sequences)
         except CheckpointError as e:
             # The same on all ranks, which all look at every file.

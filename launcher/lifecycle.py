@@ -79,11 +79,27 @@ class LaunchConfig:
                 raise RunError(f"launch.environment has {name}, which the launcher sets itself")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: a reader sees all of the old or all of the new."""
+def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
+    """Replace `path` by `text` in one step: a reader sees all of the old or all of the new.
+
+    Args:
+        path: of the file.
+        text: what it holds from now on.
+        durable: wait until that is so on the disk, too, and outlives the machine.
+    """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    temporary.write_text(text)
+    with temporary.open("w") as f:
+        f.write(text)
+        if durable:
+            f.flush()
+            os.fsync(f.fileno())
     os.replace(temporary, path)
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class RunFolder:
@@ -120,7 +136,7 @@ class RunFolder:
     def mark_done(self, step: int) -> None:
         """Say that the run has reached its end; whoever starts it again finds that out first."""
         end = {"step": step, "time": round(time.time(), 3)}
-        write_atomically(self.done, json.dumps(end) + "\n")
+        write_atomically(self.done, json.dumps(end) + "\n", durable=True)
 
     def refuse(self, message: str) -> None:
         """Leave word that trying again cannot help, so that a job is not queued again for it."""

@@ -3,7 +3,7 @@
 Rank 0 writes, the other ranks do nothing:
 
 - `metrics.jsonl`: a line per step, `validation.jsonl`: a line per validation;
-- `events.jsonl`: a line per event (a skipped step, a rollback), those of undone steps too;
+- `events.jsonl`: a line per event (a skipped step, a rollback, giving up), of undone steps too;
 - `tensorboard/`: the same as scalars, with histograms and pictures of the sparse parts;
 - through a StepProgress the terminal and `logs/train.log`.
 
@@ -41,6 +41,7 @@ from launcher.model_stats import (
     vectors,
 )
 from launcher.progress import StepProgress
+from launcher.spikes import undone_skips
 from launcher.step_record import StepRecord, memory_bytes
 from launcher.tensorboard_layout import layout
 
@@ -55,6 +56,10 @@ RECORDINGS_PER_IMAGE = 10
 """Pictures are drawn at every tenth record of the model's statistics, and at the end."""
 
 
+MOST_IDS = 100
+"""Longer lists are in `events.jsonl` only; TensorBoard's text tells how long they are."""
+
+
 class ValidationLike(Protocol):
     """What a validation says; further numeric fields of a dataclass are written, too."""
 
@@ -65,7 +70,13 @@ class ValidationLike(Protocol):
 
 
 class Metrics:
-    """Writes the records of a run; on ranks other than 0 every method does nothing."""
+    """Writes the records of a run; on ranks other than 0 every method does nothing.
+
+    Attributes:
+        rank: of this process.
+        progress: is also told about every step.
+        skipped: recorded steps that were not applied; empty on other ranks.
+    """
 
     def __init__(
         self,
@@ -87,6 +98,7 @@ class Metrics:
         """
         self.rank = rank
         self.progress = progress
+        self.skipped: list[int] = []
         if rank != 0:
             return
         # TensorBoard takes a second to load, which the other ranks and the launcher save.
@@ -95,11 +107,12 @@ class Metrics:
         (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
         self._steps = JsonLines(folder / "metrics.jsonl", resume_step)
         self._validations = JsonLines(folder / "validation.jsonl", resume_step)
+        self._validated = {row["step"] for row in read_rows(folder / "validation.jsonl")}
         # What happened stays, also where the run went back behind it.
         self._events = JsonLines(folder / "events.jsonl", sys.maxsize)
         self._histories: dict[str, LoadHistory] = {}
         self._recordings = 0
-        self._skipped = 0
+        self._undone = 0
         self._tags: set[str] = set()
         self._read_back(folder / "metrics.jsonl", resume_step)
         self._writer = open_writer(folder / "tensorboard", resume_step)
@@ -119,7 +132,9 @@ class Metrics:
         found = 0
         for row in read_rows(path):
             found += 1
-            self._skipped += bool(row.get("skipped"))
+            if row.get("skipped"):
+                self.skipped.append(row["step"])
+            self._undone += len(undone_skips(row))
             self._tags.update(row.get("stats", {}))
             for tag, load in row.get("expert_load", {}).items():
                 self._histories.setdefault(tag, LoadHistory()).add(row["step"], load)
@@ -145,8 +160,11 @@ class Metrics:
                 "is written once, in order"
             )
         row = record.row()
-        self._skipped += record.skipped
-        shown = record.scalars() | {"train/skipped_steps": float(self._skipped)}
+        if record.skipped:
+            self.skipped.append(record.step)
+        self._undone += len(undone_skips(row))
+        skipped = len(self.skipped) + self._undone
+        shown = record.scalars() | {"train/skipped_steps": float(skipped)}
         if stats:
             derive(stats)
             model = scalars(stats)
@@ -161,9 +179,7 @@ class Metrics:
         self._scalars(shown, record.step)
         if record.event is not None:
             ids = {} if record.sample_ids is None else {"sample_ids": record.sample_ids}
-            happened = {**record.event, **ids}
-            self._events.append({"step": record.step, "time": round(time.time(), 3), **happened})
-            self.text(record.step, json.dumps(happened, indent=1), "events")
+            self.event(record.step, {**record.event, **ids})
         if stats:
             self._recordings += 1
             for tag, array in arrays.items():
@@ -184,12 +200,23 @@ class Metrics:
             fields = dataclasses.asdict(result)
             row |= {k: v for k, v in fields.items() if isinstance(v, int | float)}
         self._validations.append({"step": step, **row})
+        self._validated.add(step)
         names = ("loss", "bits_per_byte")
         self._scalars({f"validation/{name}": row[name] for name in names}, step)
         self.note(
             f"validation after step {step}: {result.loss:.4f} nats/token, "
             f"{result.bits_per_byte:.4f} bits per byte"
         )
+
+    def event(self, step: int, happened: Mapping[str, Any]) -> None:
+        """Write what happened at `step`: its "kind", and what is worth knowing."""
+        if self.rank == 0:
+            self._events.append({"step": step, "time": round(time.time(), 3), **happened})
+            self.text(step, json.dumps(_shortened(happened), indent=1), "events")
+
+    def validated(self, step: int) -> bool:
+        """Return whether there is a validation of this step; False on ranks other than 0."""
+        return self.rank == 0 and step in self._validated
 
     def text(self, step: int, text: str, tag: str = "samples") -> None:
         """Show a piece of text, as generated by the model after `step`."""
@@ -262,6 +289,14 @@ class Metrics:
     def _images(self, step: int) -> None:
         for tag, history in self._histories.items():
             self._writer.add_image(f"{tag}_over_time", history.image(), step, dataformats="HWC")
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _shortened(v) for k, v in value.items()}
+    if isinstance(value, list) and len(value) > MOST_IDS:
+        return f"{len(value)} of them, see events.jsonl"
+    return value
 
 
 def _add_counts(writer: SummaryWriter, tag: str, counts: NDArray[np.float64], step: int) -> None:

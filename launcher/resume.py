@@ -52,23 +52,41 @@ def save(c: Components) -> None:
         },
         # A step whose line could still be lost must not be the one that a run goes on from.
         before_commit=c.metrics.flush,
+        progress=lambda: c.watchdog.beat(c.step, "checkpoint"),
     )
 
 
-def restore(c: Components, step: int | None = None) -> None:
-    """Go on from the newest verified checkpoint, or from that of `step`; on all ranks together.
+def restore(c: Components) -> None:
+    """Go on from the newest verified checkpoint; on all ranks together.
 
     A run without checkpoints starts at step 0. The number of ranks may differ from the one that
-    saved.
+    saved. Newer checkpoints that are damaged are set aside.
 
     Raises:
-        CheckpointError: checkpoints exist and none is intact, or none is of `step`.
+        CheckpointError: checkpoints exist and none is intact.
+    """
+    checkpoint = c.store.newest()
+    if checkpoint is not None:
+        c.store.set_aside_newer(checkpoint)
+        _go_on_from(c, checkpoint)
+
+
+def restore_to_read(c: Components, step: int | None = None) -> None:
+    """Load the newest verified checkpoint, or that of `step`, of a run that others may train.
+
+    Raises:
+        CheckpointError: there is none that is intact.
     """
     checkpoint = c.store.newest() if step is None else _of_step(c, step)
-    if checkpoint is not None:
-        load(c, checkpoint)
-        if c.mesh.is_first:
-            print(_announcement(checkpoint, c), flush=True)
+    if checkpoint is None:
+        raise CheckpointError(f"{c.store.root}: no committed checkpoint, so there is no model yet")
+    _go_on_from(c, checkpoint)
+
+
+def _go_on_from(c: Components, checkpoint: Checkpoint) -> None:
+    load(c, checkpoint)
+    if c.mesh.is_first:
+        print(_announcement(checkpoint, c), flush=True)
 
 
 def load(c: Components, checkpoint: Checkpoint) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,9 @@ class Window:
         reason: what its last spike was.
         spikes: steps that were not applied.
         samples: samples left out, counted along the run's order: [first, behind the last).
+        sample_ids: their numbers in the split.
+        skipped: steps that were not applied since that checkpoint. Their records are undone with
+            all others; this is what remains of them.
     """
 
     begin: int
@@ -51,6 +53,8 @@ class Window:
     reason: str
     spikes: list[int] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
+    sample_ids: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
 
     def event(self) -> dict[str, Any]:
         """Return what the records of the run say about it."""
@@ -112,6 +116,9 @@ def roll_back(c: Components, spikes: list[int]) -> Window | None:
         c.spikes.reason,
         list(spikes),
         [begin * per_step, end * per_step],
+        c.loader.sample_ids(begin, end),
+        # Rank 0's, as it writes them.
+        [step for step in c.metrics.skipped if step > checkpoint.step],
     )
     # In this order; see the module's text.
     c.store.discard_after(checkpoint.step)
@@ -122,10 +129,4 @@ def roll_back(c: Components, spikes: list[int]) -> Window | None:
 
 def _write(folder: RunFolder, windows: list[Window]) -> None:
     text = json.dumps([dataclasses.asdict(window) for window in windows], indent=1)
-    write_atomically(folder.skipped_data, text + "\n")
-    for path in (folder.skipped_data, folder.root):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    write_atomically(folder.skipped_data, text + "\n", durable=True)

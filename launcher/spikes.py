@@ -148,3 +148,10 @@ class SpikeWatch:
         if cfg.norm_factor and norm > cfg.norm_factor * middle:
             return f"gradient norm {norm:.4g} is {norm / max(middle, 1e-30):.3g} times {middle:.4g}"
         return ""
+
+
+def undone_skips(row: Mapping[str, Any]) -> list[int]:
+    """Return the skipped steps whose own lines a rollback, which this line tells, has undone."""
+    event = row.get("event") or {}
+    event = event.get("behind", event)
+    return list(event.get("skipped", [])) if event.get("kind") == "rollback" else []

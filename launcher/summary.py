@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.jsonl import read_rows
+from launcher.spikes import undone_skips
 
 
 def summary(folder: Path, corpus: Path | None = None, *, terminal: bool | None = None) -> str:
@@ -60,7 +61,7 @@ def facts(folder: Path, corpus: Path | None = None) -> list[tuple[str, str]]:
     last: dict[str, Any] = {}
     for row in read_rows(folder / "metrics.jsonl"):
         steps += 1
-        skipped += bool(row.get("skipped"))
+        skipped += bool(row.get("skipped")) + len(undone_skips(row))
         if row.get("tokens_per_s"):
             seconds += (row["tokens"] - tokens) / row["tokens_per_s"]
         tokens, last = row["tokens"], row

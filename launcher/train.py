@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,9 @@ class Trainer:
     def train(self) -> Literal["done", "stopped"]:
         """Train to the last step, or until asked to stop; either way a checkpoint is left."""
         cfg, c = self.cfg.train, self.c
+        if 0 < c.step < cfg.steps and self._due(cfg.evaluate_every):
+            # Held-out data that could not be read ended the run before it had its numbers.
+            self._validate(cfg.evaluate_sequences)
         while c.step < cfg.steps:
             self.trace.step(c.step)
             timer = StepTimer()
@@ -92,7 +95,7 @@ class Trainer:
                 self._roll_back()
                 continue
             if self._due(cfg.evaluate_every) and c.step < cfg.steps:
-                c.metrics.validation(c.step, validate(c, cfg.evaluate_sequences))
+                self._validate(cfg.evaluate_sequences)
             if self._due(cfg.sample_every):
                 c.metrics.text(c.step, text_sample(c, cfg.sample_prompt, cfg.sample_tokens))
             stop = c.stop.requested(c.step)
@@ -104,7 +107,7 @@ class Trainer:
                 self._finish_saving()
                 return "stopped"
         self.trace.close()
-        c.metrics.validation(c.step, validate(c))
+        self._validate()
         self._finish_saving()
         return "done"
 
@@ -178,22 +181,37 @@ class Trainer:
         )
         dist.all_reduce(counts)
         if counts[2]:
-            self._stop_without_data(cursor, failure)
+            # Ranks that could read theirs are a step ahead.
+            self.c.loader.load_state_dict(cursor)
+            self._stop_without_data(failure or DataError("another rank cannot read its data"))
         return batches, int(counts[0]), int(counts[1])
 
-    def _stop_without_data(self, cursor: dict[str, Any], failure: DataError | None) -> NoReturn:
+    def _validate(self, sequences: int = 0) -> None:
+        """Record a validation, unless the run that was killed at this step has done so.
+
+        Raises:
+            DataError: a rank cannot read the held-out data; on all ranks, after a checkpoint.
+        """
         c = self.c
-        # Ranks that could read theirs are a step ahead.
-        c.loader.load_state_dict(cursor)
+        known = torch.tensor(int(c.metrics.validated(c.step)))
+        dist.broadcast(known, src=0)
+        if known:
+            return
+        try:
+            result = validate(c, sequences)
+        except DataError as e:
+            self._stop_without_data(e)
+        c.metrics.validation(c.step, result)
+
+    def _stop_without_data(self, failure: DataError) -> NoReturn:
+        c = self.c
         if c.step > self.saved:
             self._save()
-            self._finish_saving()
+        self._finish_saving()
         # The first rank that ends takes the others with it.
         dist.barrier()
         kept = f"; a checkpoint of step {c.step} is kept" if c.step else ""
-        if failure is not None:
-            raise DataError(f"{failure}\nstopped after step {c.step}{kept}") from failure
-        raise DataError(f"another rank cannot read its data: stopped after step {c.step}{kept}")
+        raise DataError(f"{failure}\nstopped after step {c.step}{kept}") from failure
 
     def _record(
         self,
@@ -263,6 +281,7 @@ class Trainer:
                 return
         except SpikeError as e:
             c.spikes.forget_run()
+            c.metrics.event(c.step, {"kind": "gave_up", "reason": str(e), "spikes": spikes})
             self._save()
             self._finish_saving()
             message = (
@@ -272,6 +291,8 @@ class Trainer:
             )
             c.folder.refuse(message)
             raise SpikeError(message) from None
+        # Steps up to the newest checkpoint are to be trained, and saved, again.
+        self.saved = c.step
         c.metrics.close()
         open_metrics(c)
         c.metrics.note(
@@ -291,7 +312,8 @@ class Trainer:
     def _finish_saving(self) -> None:
         c = self.c
         c.store.wait(lambda: c.watchdog.beat(c.step, "checkpoint"))
-        c.metrics.note(
-            f"checkpoint of step {c.step}: training waited {self.checkpoint_seconds:.3f} s for "
-            f"the copy, writing took {c.store.written_seconds():.3f} s"
-        )
+        if seconds := c.store.written_seconds():
+            c.metrics.note(
+                f"checkpoint of step {c.step}: training waited {self.checkpoint_seconds:.3f} s for "
+                f"the copy, writing took {seconds:.3f} s"
+            )

@@ -23,7 +23,7 @@ from launcher.evaluate import text_sample, validate
 from launcher.follow import Follower
 from launcher.lifecycle import RunFolder
 from launcher.redact import guard_output, redact
-from launcher.resume import restore
+from launcher.resume import restore_to_read
 from launcher.train import Trainer
 from parallel.checkpoint import CheckpointError
 from parallel.checkpoint_files import write_error
@@ -133,15 +133,16 @@ def _crash() -> None:
 def run(argv: Sequence[str]) -> int:
     """Run one rank."""
     cfg = config.load(Path(argv[0]))
-    folder = RunFolder(Path(cfg.runs) / cfg.name)
+    # Where the run lies now: it may have been moved or copied since it was configured.
+    folder = RunFolder(Path(argv[0]).parent)
     if argv[1] == "train":
-        train(cfg, folder)
+        train(cfg, RunFolder(Path(cfg.runs) / cfg.name))
     elif argv[1] == "follow":
         follow(cfg, folder, json.loads(argv[2]))
     else:
         arguments = json.loads(argv[2])
         c = build(cfg, RunFolder(folder.root / "evaluation").create(), folder.checkpoints)
-        restore(c, step=arguments.get("step"))
+        restore_to_read(c, arguments.get("step"))
         text = {"evaluate": evaluate, "generate": generate}[argv[1]](c, arguments)
         c.close()
         if c.mesh.rank == 0:

@@ -35,6 +35,7 @@ from parallel.checkpoint_files import (
     read_json,
     read_manifest,
     remove,
+    set_aside,
     verify,
 )
 from parallel.checkpoint_writer import CheckpointWriter, prune
@@ -53,6 +54,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""How often `CheckpointStore.wait` looks whether bytes still move."""
 
 
 @dataclass
@@ -215,6 +219,7 @@ class CheckpointStore:
         rank_meta: Mapping[str, Any],
         meta: Mapping[str, Any],
         before_commit: Callable[[], None] = lambda: None,
+        progress: Callable[[], None] = lambda: None,
     ) -> Path:
         """Begin to write a checkpoint; on all ranks together, after `wait`.
 
@@ -227,6 +232,7 @@ class CheckpointStore:
             rank_meta: this rank's plain values, as JSON.
             meta: the run's plain values, as JSON; rank 0's are written.
             before_commit: rank 0 calls it before the checkpoint counts, on the writing thread.
+            progress: called now and then while bytes still move, where the caller has to wait.
 
         Returns:
             The folder that is being written.
@@ -246,7 +252,8 @@ class CheckpointStore:
             rank_meta,
             {"step": step, "meta": dict(meta)},
             before_commit=before_commit,
-            after_commit=partial(prune, self.root, self.cfg.keep_last, self.cfg.keep_every),
+            after_commit=partial(prune, self.root, self.cfg.keep_last, self.cfg.keep_every, step),
+            progress=progress,
         )
         if self._aside and all(source.in_memory for source in sources.values()):
             self._writing.start()
@@ -258,7 +265,7 @@ class CheckpointStore:
         """Wait until the checkpoint under way is committed and durable.
 
         Args:
-            progress: called now and then while bytes still move.
+            progress: called now and then while bytes still move, also those of other ranks.
 
         Raises:
             CheckpointError: on every rank, naming each rank's file and reason (a full disk, a
@@ -268,7 +275,7 @@ class CheckpointStore:
         if writing is None:
             return
         moved = -1
-        while not writing.done.wait(1.0):
+        while not writing.done.wait(LOOK_SECONDS):
             if writing.moved != moved:
                 progress()
             moved = writing.moved
@@ -339,6 +346,28 @@ class CheckpointStore:
         for text in passed_over:
             self._warn(f"checkpoint ignored: {text}")
         return None
+
+    def set_aside_newer(self, checkpoint: Checkpoint) -> None:
+        """Rename the committed folders that `newest` passed over; on all ranks together.
+
+        The run goes on from `checkpoint`, and soon has others of the same steps: a damaged one must
+        not be counted among them when old ones are deleted.
+
+        Raises:
+            CheckpointError: one cannot be renamed.
+        """
+
+        def work() -> None:
+            for _, path in folders(self.root):
+                if path == checkpoint.path:
+                    return
+                if is_committed(path):
+                    self._warn(
+                        f"{path} is set aside as {set_aside(path).name}: delete it when you have "
+                        "no more use for it"
+                    )
+
+        self.together(lambda: work() if self.mesh.is_first else None)
 
     def discard_after(self, step: int) -> None:
         """Delete every checkpoint of a later step, as a run that is rolled back must."""

@@ -25,15 +25,20 @@ from typing import Any
 
 from parallel.tensor_file import TensorSource, write_safetensors
 
-FORMAT = 2
-READABLE = (1, 2)
-"""Formats that can be read; in the first one a table's rows were a single piece."""
+FORMAT = 3
+READABLE = (1, 2, 3)
+"""Formats that can be read: in the first one a table's rows were a single piece; from the third on
+rows that no step has touched are saved as ids alone."""
 MANIFEST = "manifest.json"
 MARKER = "COMMITTED"
 REPLACED = ".replaced"
 """Suffix of a committed folder while its step is written anew."""
 
+SET_ASIDE = "damaged-"
+"""Prefix of a committed folder that a run could not go on from; it counts nowhere any more."""
+
 _FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
+_ASIDE = re.compile(rf"{SET_ASIDE}step-(\d{{8,}})(\.replaced)?(\.\d+)?")
 
 
 class CheckpointError(RuntimeError):
@@ -181,7 +186,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if values.get("format") not in READABLE:
         raise CheckpointError(
             f"{manifest}: format {values.get('format')}; this version reads "
-            f"{' and '.join(map(str, READABLE))}"
+            f"{', '.join(map(str, READABLE))}"
         )
     return values
 
@@ -232,15 +237,30 @@ class CheckpointInfo:
 
 def list_checkpoints(root: Path) -> list[CheckpointInfo]:
     """Return the checkpoints under a run's `checkpoints` folder, oldest first, unfinished too."""
-    return [
-        CheckpointInfo(
-            step,
-            path,
-            is_committed(path),
-            sum(f.stat().st_size for f in path.iterdir() if f.is_file()),
-        )
-        for step, path in reversed(folders(root))
-    ]
+    return [_info(step, path) for step, path in reversed(folders(root))]
+
+
+def list_set_aside(root: Path) -> list[CheckpointInfo]:
+    """Return the damaged checkpoints that were set aside; the run does not count with them."""
+    found = [(_ASIDE.fullmatch(path.name), path) for path in sorted(root.glob(f"{SET_ASIDE}*"))]
+    return [_info(int(match[1]), path, counts=False) for match, path in found if match]
+
+
+def _info(step: int, path: Path, counts: bool = True) -> CheckpointInfo:
+    size = sum(f.stat().st_size for f in path.iterdir() if f.is_file())
+    return CheckpointInfo(step, path, counts and is_committed(path), size)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint so that nobody takes it for one; returns its new place."""
+    target = path.with_name(SET_ASIDE + path.name)
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{SET_ASIDE}{path.name}.{number}")
+    os.rename(path, target)
+    sync(path.parent)
+    return target
 
 
 def remove(path: Path) -> None:

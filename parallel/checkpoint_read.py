@@ -9,9 +9,9 @@ Shapes: N rows of one stretch, V rows of the table, W columns of a field.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from parallel.zero_state import full_tensors
 
 TABLE = "table-"
 """Kind of a table's rows in a checkpoint, before its name."""
+
+UNTOUCHED = "untouched"
+"""Name of the ids, in a piece of their own, of rows that are zero and take no other room."""
 
 ROWS_BYTES = 64 * 2**20
 """Bytes of rows that are in memory at a time."""
@@ -88,18 +91,17 @@ class TableReader:
         """
         names = list(self.widths) if fields is None else fields
         count = max(1, ROWS_BYTES // (4 * sum(self.widths[name] for name in names)))
-        world = len(self._ranks)
         for first in range(0, self.rows, count):
             last = min(first + count, self.rows)
-            out = {name: torch.empty(last - first, self.widths[name]) for name in names}
+            # Rows of which only the ids are saved are zero.
+            out = {name: torch.zeros(last - first, self.widths[name]) for name in names}
             seen_N = torch.zeros(last - first, dtype=torch.bool)
-            for number, rank in enumerate(self._ranks):
-                # Local row k of a rank is id k * world + rank: ceil((id - rank) / world).
-                low, high = (-((number - id_) // world) for id_ in (first, last))
-                place_N = rank.read("ids", low, high) - first
-                seen_N[place_N] = True
-                for name in names:
-                    out[name][place_N] = rank.read(name, low, high)
+            for rank in self._ranks:
+                for ids_N, rows in rank.between(first, last, names):
+                    place_N = ids_N - first
+                    seen_N[place_N] = True
+                    for name, rows_NW in rows.items():
+                        out[name][place_N] = rows_NW
             if not bool(seen_N.all()):
                 missing = first + int((~seen_N).nonzero()[0])
                 raise CheckpointError(f"{self._path}: table '{self.name}' lacks row {missing}")
@@ -107,37 +109,61 @@ class TableReader:
 
 
 class _RankRows:
-    """The rows that one rank saved, in pieces or in one."""
+    """The rows that one rank saved, in pieces or in one, each in the order of its ids.
+
+    Rows that no step has touched have their ids alone, in pieces of their own.
+    """
 
     def __init__(self, shard: ShardFile) -> None:
         self._shard = shard
-        self._pieces = sorted({key.rpartition("/")[0] for key in shard})
-        self._starts, self.rows = [], 0
-        for piece in self._pieces:
-            self._starts.append(self.rows)
-            self.rows += shard.shape(self._key(piece, "ids"))[0]
-        names = {key.rpartition("/")[2] for key in shard} - {"ids"}
-        first = self._pieces[0]
-        # The weights first, as in the layout of a row.
-        self.widths = {
-            name: shard.shape(self._key(first, name))[1]
-            for name in sorted(names, key=lambda name: (name != "weight", name))
+        split = [key.rpartition("/") for key in shard]
+        self._ids = [
+            _Ids(shard, key)
+            for key, (_, _, name) in sorted(zip(shard, split, strict=True))
+            if name in ("ids", UNTOUCHED) and shard.shape(key)[0]
+        ]
+        self.rows = sum(map(len, self._ids))
+        sizes = {
+            name: shard.shape(key)[1]
+            for key, (_, _, name) in zip(shard, split, strict=True)
+            if name not in ("ids", UNTOUCHED)
         }
+        # The weights first, as in the layout of a row.
+        self.widths = dict(sorted(sizes.items(), key=lambda entry: (entry[0] != "weight", entry)))
 
-    def read(self, field: str, start: int, stop: int) -> Tensor:
-        """Read local rows [start, stop) of a field, as far as there are any."""
-        stop = min(stop, self.rows)
-        parts = []
-        at = max(bisect_right(self._starts, start) - 1, 0)
-        while at < len(self._pieces) and self._starts[at] < stop:
-            key, first = self._key(self._pieces[at], field), self._starts[at]
-            parts.append(self._shard.rows(key, max(start - first, 0), stop - first))
-            at += 1
-        if parts:
-            return torch.cat(parts)
-        width = () if field == "ids" else (self.widths[field],)
-        return torch.empty(0, *width, dtype=torch.int64 if field == "ids" else torch.float32)
+    def between(
+        self, first: int, last: int, fields: list[str]
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield (ids int64 [N], fields [N, W]) of the rows first <= id < last; no field is zero."""
+        for ids in self._ids:
+            if ids.first < last and ids.last >= first:
+                start, stop = bisect_left(ids, first), bisect_left(ids, last)
+                piece, slash, name = ids.key.rpartition("/")
+                yield (
+                    self._shard.rows(ids.key, start, stop),
+                    {
+                        field: self._shard.rows(f"{piece}{slash}{field}", start, stop)
+                        for field in fields
+                        if name != UNTOUCHED
+                    },
+                )
 
-    @staticmethod
-    def _key(piece: str, field: str) -> str:
-        return f"{piece}/{field}" if piece else field
+
+class _Ids(Sequence[int]):
+    """The sorted ids of a piece, one at least; those that are asked for are read one by one."""
+
+    def __init__(self, shard: ShardFile, key: str) -> None:
+        self.key, self._shard, self._count = key, shard, shard.shape(key)[0]
+        self.first, self.last = self[0], self[self._count - 1]
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return int(self._shard.rows(self.key, index, index + 1))

@@ -33,6 +33,13 @@ from parallel.tensor_file import TensorSource
 
 log = logging.getLogger(__name__)
 
+MEET_SECONDS = 10.0
+"""While ranks still write, they tell each other so about this often: who has finished his part then
+knows that the wait is not a hang."""
+
+PROGRESS_SECONDS = 1.0
+"""Least time between two calls of `progress`."""
+
 NICENESS = 10
 """Of the writing thread: on a machine without a core to spare, training goes first."""
 
@@ -42,7 +49,7 @@ class CheckpointWriter:
 
     Attributes:
         path: its folder.
-        moved: bytes that this rank has written so far.
+        moved: bytes that this rank has written so far, and those that it knows its peers have.
         seconds: of the writing, once it is done.
         error: why it failed, the same on all ranks; None while it runs and when it went well.
         done: set when it is over, either way.
@@ -58,6 +65,7 @@ class CheckpointWriter:
         *,
         before_commit: Callable[[], None] = lambda: None,
         after_commit: Callable[[], None] = lambda: None,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         """Describe what to write; nothing is written yet.
 
@@ -69,15 +77,22 @@ class CheckpointWriter:
             manifest: step and meta; rank 0's are written.
             before_commit: rank 0 calls it before the commit marker is written.
             after_commit: rank 0 calls it behind that.
+            progress: `run` calls it now and then while bytes still move, on its caller's thread;
+                `start` does not.
         """
         self.path, self.moved, self.seconds = path, 0, 0.0
         self.error: Exception | None = None
         self.done = threading.Event()
         self._ranks, self._shards, self._rank_meta = ranks, shards, rank_meta
         self._manifest, self._before, self._after = manifest, before_commit, after_commit
+        self._progress = progress
+        self._written = self._peers = 0
+        self._met = self._told = time.monotonic()
 
     def start(self) -> None:
         """Write on a thread of its own."""
+        # A beat from there would hide that the thread that trains hangs.
+        self._progress = lambda: None
         # A daemon: a run that fails must not wait for a peer that is gone.
         threading.Thread(target=self._run_aside, name="checkpoint", daemon=True).start()
 
@@ -104,7 +119,7 @@ class CheckpointWriter:
     def _write(self) -> None:
         first = self._ranks.mesh.is_first
         self._all(lambda: self._begin() if first else None)
-        entries = self._all(self._write_rank)
+        entries = self._all(self._write_together)
         files = {name: entry for rank in entries for name, entry in sorted(rank.items())}
         self._all(lambda: self._commit(files) if first else None)
         if first:
@@ -129,6 +144,14 @@ class CheckpointWriter:
         except OSError as e:
             raise write_error(path, e) from e
 
+    def _write_together(self) -> dict[str, dict[str, Any]]:
+        """Write this rank's part, and wait for the others' while they still write."""
+        try:
+            return self._write_rank()
+        finally:
+            while not self._meet(finished=True):
+                pass
+
     def _write_rank(self) -> dict[str, dict[str, Any]]:
         rank = self._ranks.mesh.rank
         names = {kind: rank_file(rank, kind) for kind in self._shards}
@@ -142,7 +165,24 @@ class CheckpointWriter:
         return entries
 
     def _count(self, written: int) -> None:
-        self.moved += written
+        self._written += written
+        self._move()
+        if time.monotonic() - self._met > MEET_SECONDS:
+            self._meet(finished=False)
+
+    def _meet(self, finished: bool) -> bool:
+        """Hear how far all ranks are; returns whether all of them have finished their part."""
+        answers = self._ranks.gather((self._written, finished))
+        self._peers = sum(written for written, _ in answers) - self._written
+        self._met = time.monotonic()
+        self._move()
+        return all(done for _, done in answers)
+
+    def _move(self) -> None:
+        moved, self.moved = self.moved, self._written + self._peers
+        if self.moved != moved and time.monotonic() - self._told > PROGRESS_SECONDS:
+            self._told = time.monotonic()
+            self._progress()
 
     def _commit(self, files: Mapping[str, Any]) -> None:
         world, kinds = self._ranks.mesh.world, sorted(self._shards)
@@ -174,12 +214,20 @@ def _replaced(path: Path) -> Path:
     return path.with_name(path.name + REPLACED)
 
 
-def prune(root: Path, keep_last: int, keep_every: int) -> None:
-    """Delete what need not be kept; a failure to delete does not spoil the one just written."""
+def prune(root: Path, keep_last: int, keep_every: int, newest: int) -> None:
+    """Delete what need not be kept; a failure to delete does not spoil the one just written.
+
+    Args:
+        root: folder of the checkpoints.
+        keep_last: newest checkpoints to keep.
+        keep_every: those of every so many steps are kept; 0 keeps none of them.
+        newest: step just written. Later ones neither count nor are deleted: the run went on from
+            an earlier one.
+    """
     committed: dict[int, Path] = {}
     surplus: list[Path] = []
     for step, path in folders(root):
-        if not is_committed(path):
+        if step > newest or not is_committed(path):
             continue
         if step in committed:
             surplus.append(path)

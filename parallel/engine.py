@@ -25,6 +25,7 @@ from parallel.deepspeed_env import load_deepspeed, require_async_io
 from parallel.engine_config import EngineConfig, OffloadConfig, OptimizerConfig, ZeroConfig
 from parallel.host_buffers import HostBuffers
 from parallel.mesh import Mesh
+from parallel.resident import ResidentWeights, no_gradient
 from parallel.schedule import ScheduleConfig, learning_rate_factor
 from parallel.tensor_file import TensorSource
 from parallel.zero_setup import (
@@ -34,6 +35,7 @@ from parallel.zero_setup import (
     deepspeed_config,
     keep_gradients_in_memory,
     parameter_groups,
+    plain_linear,
     prepare_swap_folder,
 )
 from parallel.zero_state import DenseState, Shards
@@ -129,15 +131,28 @@ class Engine:
         parameters: dict[str, Any] = dict(self.module.named_parameters())
         numel = sum(p.ds_numel for p in parameters.values())
         groups = parameter_groups(self.module, cfg.optimizer.weight_decay)
+        resident = cfg.keeps_resident(numel, self.dtype, mesh.world)
+        # Buckets of its own are then of no use.
+        bucket = 1 if resident else numel
         self._deepspeed, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=build_optimizer(groups, cfg, self.device),
-            config=deepspeed_config(cfg, self.dtype, self.device, swap, numel),
+            config=deepspeed_config(cfg, self.dtype, self.device, swap, bucket),
         )
         self._zero = self._deepspeed.optimizer
+        self.resident: ResidentWeights | None = None
+        if resident:
+            plain_linear()
+            self.resident = ResidentWeights(self._deepspeed, mesh, cfg.reduce_dtype(self.device))
         if cfg.offload.optimizer == "nvme":
             keep_gradients_in_memory(self._zero)
-        self._state = DenseState(self.module, self._zero, mesh.rank, mesh.world)
+        self._state = DenseState(
+            self.module,
+            self._zero,
+            mesh.rank,
+            mesh.world,
+            None if self.resident is None else self.resident.gather,
+        )
         self._held_ids = {
             p.ds_id: name
             for name, p in parameters.items()
@@ -169,16 +184,12 @@ class Engine:
             EngineError: a parameter got no gradient.
         """
         self._deepspeed.backward(loss, scale_wrt_gas=False)
-        if self._micro_batch == 0:
+        if self._micro_batch == 0 and self.resident is None:
             # DeepSpeed would apply the gradient that the parameter had in an earlier step.
             idle = self._held_ids.keys() - self._zero._offload_boundary_param_ids
             if idle:
                 names = sorted(self._held_ids[i] for i in idle)
-                raise EngineError(
-                    f"rank {self.mesh.rank}: no gradient for {', '.join(names)}: under ZeRO-3 "
-                    "every parameter needs one on every rank in every step; make the loss depend "
-                    "on it (a zero contribution will do)"
-                )
+                raise EngineError(no_gradient(self.mesh.rank, names))
 
     def step(self, accept: Callable[[float], bool] | None = None) -> StepResult | None:
         """End a micro-batch; after the last of `accumulation`, step weights and tables.
@@ -202,6 +213,10 @@ class Engine:
         self._accept = accept
         self._deepspeed.step()
         norm, skipped = self._norm, bool(self._zero.overflow)
+        if self.resident is not None:
+            self.resident.begin_step()
+            if not skipped:
+                self.resident.gather()
         if skipped:
             self.skipped_steps += 1
             for table in self.tables:
@@ -222,7 +237,8 @@ class Engine:
         A step that is not accepted gets a norm that DeepSpeed discards steps for. Once it is, the
         tables step first: their host's work runs beside the dense step.
         """
-        dense_norms, unscale = self._zero._get_norm_groups, self._zero.unscale_and_clip_grads
+        unscale = self._zero.unscale_and_clip_grads
+        dense_norms = self._zero._get_norm_groups if self.resident is None else self.resident.norms
         combine = importlib.import_module("deepspeed.runtime.utils").combine_grad_norm_groups
 
         def norms() -> list[Tensor]:

@@ -93,6 +93,10 @@ class ZeroConfig:
         overlap_comm: reduce gradients on a stream of their own, beside the backward pass.
         reduce_dtype: type in which gradients are summed over ranks; "bf16" halves the traffic and
             loses precision as ranks are added.
+        resident_gib: weights stay whole on every rank, gathered once per step instead of layer by
+            layer in every pass, when all of them in the compute type take at most so many GiB
+            (2^30 bytes); on one rank they stay whatever they take. 0 never keeps them. Nothing may
+            be offloaded; the gather, bucket and persistence settings above then have no effect.
     """
 
     reduce_bucket_size: int = 100_000_000
@@ -103,6 +107,13 @@ class ZeroConfig:
     sub_group_size: int = 1_000_000_000
     overlap_comm: bool = True
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    resident_gib: float = 8.0
+
+    def keeps_resident(self, numel: int, dtype: torch.dtype, world: int) -> bool:
+        """Whether `numel` weights of a compute type stay whole on `world` ranks."""
+        if self.resident_gib == 0:
+            return False
+        return world == 1 or numel * dtype.itemsize <= self.resident_gib * 2**30
 
     def validate(self) -> None:
         """Raise ValueError, naming the key, when a value cannot be meant."""
@@ -111,6 +122,8 @@ class ZeroConfig:
         for key in ("reduce_bucket_size", "sub_group_size", "max_live_parameters"):
             if getattr(self, key) < 1:
                 raise ValueError(f"zero.{key} {getattr(self, key)} must be positive")
+        if not self.resident_gib >= 0:
+            raise ValueError(f"zero.resident_gib {self.resident_gib} must not be negative")
 
 
 @dataclass
@@ -135,6 +148,11 @@ class EngineConfig:
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
 
+    def keeps_resident(self, numel: int, dtype: torch.dtype, world: int) -> bool:
+        """Whether the weights stay whole on every rank (`zero.resident_gib`)."""
+        offloaded = self.offload.optimizer != "none" or self.offload.params != "none"
+        return not offloaded and self.zero.keeps_resident(numel, dtype, world)
+
     def validate(self, total_steps: int) -> None:
         """Raise ValueError, naming the key, when a value cannot be meant."""
         if self.precision not in ("auto", "bf16", "fp32"):
@@ -151,3 +169,9 @@ class EngineConfig:
         if self.precision == "auto":
             return torch.bfloat16 if device.type == "cuda" else torch.float32
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
+
+    def reduce_dtype(self, device: torch.device) -> torch.dtype:
+        """Return the type in which gradients are summed over ranks on this device."""
+        if self.dtype(device) == torch.float32 or self.zero.reduce_dtype == "fp32":
+            return torch.float32
+        return torch.bfloat16

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.rows import gather_rows, modulate
+from kernels.modulate import modulate
+from kernels.rows import gather_rows
 from parallel.mesh import Mesh, init_mesh
 from parallel.table_layout import TableConfig
 from parallel.tables import Rows, RowTable

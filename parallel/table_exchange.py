@@ -2,9 +2,10 @@
 
 Rows are dealt by id modulo the world size; the owner keeps id at local index id // world. A batch's
 unique ids are grouped by owner, and its rows keep that order, so that neither rows nor gradients
-are permuted on the way. Every collective here runs on the calling thread in program order: tables
+are permuted on the way. Rows and gradients travel on the calling thread in program order: they
 share the job's process group with everything else, and ranks that issue the same calls cannot
-cross.
+cross. Who needs what is agreed on in a group of the table's own, over the CPU, so that any one
+thread may do it, the same on all ranks.
 
 Shapes: T tokens, U unique ids of this rank, R rows asked of this rank by all ranks (in rank order),
 N distinct rows among them, W columns.
@@ -49,11 +50,19 @@ class Plan:
 class Exchange:
     """The collectives of one table."""
 
-    def __init__(self, name: str, rows: int, mesh: Mesh) -> None:
-        """Exchange rows of the table `name` with ids 0 <= id < `rows`."""
-        self.name = name
+    def __init__(self, name: str, rows: int, mesh: Mesh, ids_from: str = "") -> None:
+        """Exchange rows of the table `name` with ids 0 <= id < `rows`.
+
+        Args:
+            name: of the table.
+            rows: V.
+            mesh: rank, world and device.
+            ids_from: the tokenizer that the ids come from, by name or file, for messages.
+        """
+        self.name, self.ids_from = name, ids_from
         self.rows = rows
         self.mesh = mesh
+        self._planners = dist.new_group(backend="gloo") if mesh.world > 1 else None
 
     @property
     def local_rows(self) -> int:
@@ -61,7 +70,7 @@ class Exchange:
         return len(range(self.mesh.rank, self.rows, self.mesh.world))
 
     def plan(self, ids_T: Tensor) -> tuple[Plan, RowIndex]:
-        """Agree on who needs which rows. A collective call.
+        """Agree on who needs which rows. A collective call, of one thread at a time.
 
         Args:
             ids_T: this rank's token ids, int64 [T]; on the host, or the device is waited for.
@@ -81,7 +90,7 @@ class Exchange:
         unique_U, index = unique_index(ids_T)
         unique = unique_U.shape[0]
         if world == 1:
-            return Plan(unique, [unique], [unique], unique_U, None), index.to(self.mesh.device)
+            return Plan(unique, [unique], [unique], unique_U, None), self._moved(index)
         owner_U, by_owner_U = torch.sort(unique_U % world, stable=True)
         place_U = torch.empty_like(by_owner_U)
         place_U[by_owner_U] = torch.arange(unique)
@@ -94,7 +103,13 @@ class Exchange:
                 "its own message names the id"
             )
         asked_R = torch.empty(sum(receive_counts), dtype=torch.int64)
-        dist.all_to_all_single(asked_R, unique_U[by_owner_U] // world, receive_counts, send_counts)
+        dist.all_to_all_single(
+            asked_R,
+            unique_U[by_owner_U] // world,
+            receive_counts,
+            send_counts,
+            group=self._planners,
+        )
         wanted_N, asked = unique_index(asked_R)
         return (
             Plan(
@@ -104,27 +119,29 @@ class Exchange:
                 wanted_N,
                 asked.to(self.mesh.device),
             ),
-            index.to(self.mesh.device),
+            self._moved(index),
         )
 
-    def deliver(self, plan: Plan, rows_NW: Tensor, out: Tensor | None = None) -> Tensor:
-        """Hand the wanted rows to those who asked; return this rank's [U, W]. A collective call.
+    def deliver(self, plan: Plan, rows_GNw: Tensor, out_UGw: Tensor | None = None) -> Tensor:
+        """Hand the wanted rows to those who asked; return this rank's. A collective call.
 
         Args:
-            plan: of this batch.
-            rows_NW: the rows `plan.wanted_N`, in transport type, on any device; or some of their
-                columns.
-            out: memory for the result on the mesh's device.
-        """
-        rows_NW = rows_NW.to(self.mesh.device, non_blocking=True)
-        if plan.asked is None:
-            return rows_NW if out is None else out.copy_(rows_NW)
-        sent_RW = rows_NW.index_select(0, plan.asked.inverse_T)
-        rows_UW = rows_NW.new_empty(plan.unique, rows_NW.shape[1]) if out is None else out
-        dist.all_to_all_single(rows_UW, sent_RW, plan.send_counts, plan.receive_counts)
-        return rows_UW
+            plan: of this batch, between ranks.
+            rows_GNw: G parts of the rows `plan.wanted_N`, in transport type, on any device.
+            out_UGw: memory for the result on the mesh's device, contiguous.
 
-    def collect(self, plan: Plan, grad_UW: Tensor) -> Tensor:
+        Returns:
+            [U, G, w]: one exchange moves all parts.
+        """
+        assert plan.asked is not None
+        rows_GNw = rows_GNw.to(self.mesh.device, non_blocking=True)
+        sent_RGw = rows_GNw.transpose(0, 1).index_select(0, plan.asked.inverse_T)
+        if out_UGw is None:
+            out_UGw = rows_GNw.new_empty(plan.unique, rows_GNw.shape[0], rows_GNw.shape[2])
+        dist.all_to_all_single(out_UGw, sent_RGw, plan.send_counts, plan.receive_counts)
+        return out_UGw
+
+    def collect(self, plan: Plan, grad_UGw: Tensor) -> Tensor:
         """Bring gradients to the owners and average them over ranks. A collective call.
 
         Contributions to a row are added in rank order, in fp32, and divided by the world size, as
@@ -132,19 +149,21 @@ class Exchange:
 
         Args:
             plan: of this batch.
-            grad_UW: gradient of this rank's rows, in transport type, on the mesh's device.
+            grad_UGw: gradient of G parts of this rank's rows, in transport type, on the mesh's
+                device.
 
         Returns:
-            Gradients of `plan.wanted_N`, [N, W], on the mesh's device: fp32, or those given where
-            one rank is all there is.
+            Gradients of `plan.wanted_N`, [N, G, w], on the mesh's device: fp32, or those given
+            where one rank is all there is.
         """
         if plan.asked is None:
-            return grad_UW
-        received_RW = grad_UW.new_empty(sum(plan.receive_counts), grad_UW.shape[1])
-        dist.all_to_all_single(
-            received_RW, grad_UW.contiguous(), plan.receive_counts, plan.send_counts
-        )
-        return segment_sum(received_RW, plan.asked, dtype=torch.float32).div_(self.mesh.world)
+            return grad_UGw
+        _, parts, width = grad_UGw.shape
+        received_RX = grad_UGw.new_empty(sum(plan.receive_counts), parts * width)
+        sent_UX = grad_UGw.reshape(plan.unique, parts * width).contiguous()
+        dist.all_to_all_single(received_RX, sent_UX, plan.receive_counts, plan.send_counts)
+        sum_NX = segment_sum(received_RX, plan.asked, dtype=torch.float32)
+        return sum_NX.div_(self.mesh.world).view(-1, parts, width)
 
     def add_up(self, value: Tensor) -> Tensor:
         """Return the sum over ranks of fp64 0-dim values, added in rank order: alike everywhere."""
@@ -168,6 +187,11 @@ class Exchange:
         if refusal is not None:
             raise TableError(refusal)
 
+    def _moved(self, index: RowIndex) -> RowIndex:
+        """Return the tokens' index where the model uses it; for a GPU its rows are cut here."""
+        device = self.mesh.device
+        return index.cut().to(device) if device.type == "cuda" else index.to(device)
+
     def _refusal(self, ids_T: Tensor) -> str | None:
         if ids_T.numel() == 0:
             return f"table {self.name!r}: the batch of rank {self.mesh.rank} has no ids"
@@ -177,13 +201,16 @@ class Exchange:
         position = int(((ids_T < 0) | (ids_T >= self.rows)).nonzero()[0])
         return (
             f"table {self.name!r}: id {int(ids_T[position])} at position {position} of rank "
-            f"{self.mesh.rank}'s batch is outside 0..{self.rows - 1}; the data was tokenised with "
-            "another vocabulary than the model's vocab_size"
+            f"{self.mesh.rank}'s batch is outside 0..{self.rows - 1}; the ids come from "
+            f"{self.ids_from or 'an unnamed tokenizer'}, which has another vocabulary than the "
+            "model: set model.vocab_size to its size, or data.path to the corpus of the model's "
+            "tokenizer"
         )
 
     def _all_to_all_counts(self, counts: Sequence[int]) -> list[int]:
         if self.mesh.world == 1:
             return list(counts)
         received = torch.empty(self.mesh.world, dtype=torch.int64)
-        dist.all_to_all_single(received, torch.tensor(counts, dtype=torch.int64))
+        sent = torch.tensor(counts, dtype=torch.int64)
+        dist.all_to_all_single(received, sent, group=self._planners)
         return received.tolist()

@@ -1,9 +1,11 @@
 """A step's gradient of the touched rows, part by part as the backward pass delivers it.
 
-The parts of a row (its layers) are complete one after another, the last layer's first. Each goes to
-its owners and on to the owner's memory at once, on a stream of its own, while the backward goes on.
-A step of one micro-batch keeps what arrives as it is; with more, the host adds them up in fp32 in
-their order, a part at a time, behind the copies.
+The parts of a row (its layers) are complete one after another, the last layer's first. They go to
+their owners and on to the owner's memory on a stream of its own, while the backward goes on. Every
+call of CUDA's is Python in the backward's thread: gradients that lie in the place of the rows
+(`kernels.modulate` writes them there) travel a few parts at a time. A step of one micro-batch keeps
+what arrives as it is; with more, the host adds them up in fp32 in their order, a part at a time,
+behind the copies.
 
 Shapes: U unique ids of this rank, N rows asked of this one, P rows touched in the step, L parts of
 w columns each.
@@ -18,7 +20,9 @@ import torch
 from torch import Tensor
 
 from kernels.rows_step import RowKernels
+from parallel.table_batch import TOGETHER, RowMemory
 from parallel.table_exchange import Exchange, Plan
+from parallel.table_layout import TableError
 from parallel.table_tiers import TierThread
 
 
@@ -28,7 +32,10 @@ class BatchGradient:
     Attributes:
         plan: of the micro-batch.
         parts: per layer the gradients [N, w] of `plan.wanted_N` in the owner's memory, once there.
+        sent: called with each part that is on its way there; None until the step has begun it.
     """
+
+    sent: Callable[[int], None] | None = None
 
     def __init__(
         self, exchange: Exchange, plan: Plan, shape: tuple[int, int], stream: Any | None
@@ -44,35 +51,124 @@ class BatchGradient:
         self.plan, self._exchange, self._stream = plan, exchange, stream
         self.count, self.width = shape
         self.parts: list[Tensor | None] = [None] * self.count
-        self._norms: list[Tensor | None] = [None] * self.count
+        self._came: set[int] = set()
+        self._norms: list[Tensor] = []
         self._copied: list[Any] = [None] * self.count
         self._normed: Any | None = None
-        self._pinned: Tensor | None = None
+        self._pinned_LNw: Tensor | None = None
+        self._memory: RowMemory | None = None
+        self._waiting: list[int] = []
+        self._in_memory: list[int] = []
 
     @property
     def missing(self) -> list[int]:
         """Parts that have not come, the last layer first."""
-        return [k for k in reversed(range(self.count)) if self.parts[k] is None]
+        return [k for k in reversed(range(self.count)) if k not in self._came]
 
-    def put(self, k: int, grad_Uw: Tensor) -> None:
-        """Send part `k` to its owners; a collective call."""
-        if self._stream is None:
-            grad_Nw = self._exchange.collect(self.plan, grad_Uw)
-            self._norms[k], self.parts[k] = _norm(grad_Nw), grad_Nw
+    def put(self, k: int, grad_Uw: Tensor, memory: RowMemory) -> None:
+        """Send part `k` to its owners; a collective call.
+
+        Args:
+            k: which part; each comes once.
+            grad_Uw: its gradient.
+            memory: where the rows are. A gradient that lies in their place must stay there until
+                `finish`; it waits for its neighbours, so that they travel together.
+
+        Raises:
+            TableError: the part came before.
+        """
+        if k in self._came:
+            raise TableError(
+                f"table {self._exchange.name!r}: a second gradient of part {k} of one micro-batch; "
+                "use each layer's rows once, or gather from Rows.whole()"
+            )
+        self._came.add(k)
+        if grad_Uw.data_ptr() != memory.part(k).data_ptr():
+            self._move([k], grad_Uw[:, None])
+            if self._stream is not None:
+                grad_Uw.record_stream(self._stream)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(grad_Uw.device))
+        self._memory = memory
+        self._waiting.append(k)
+        first = k // TOGETHER * TOGETHER
+        group = range(first, min(first + TOGETHER, self.count))
+        if all(i in self._waiting for i in group):
+            self._send(list(group))
+
+    def finish(self) -> None:
+        """Send what waits for neighbours, and norm what was left in its place."""
+        for k in sorted(self._waiting, reverse=True):
+            self._send([k])
+        memory, self._memory = self._memory, None
+        if memory is None or memory.whole_LUw is None:
+            return
+        if self._stream is None:
+            self._norm_in_place(memory.whole_LUw)
+            return
         with torch.cuda.stream(self._stream):
-            grad_Nw = self._exchange.collect(self.plan, grad_Uw)
-            self._norms[k] = _norm(grad_Nw)
+            self._norm_in_place(memory.whole_LUw)
             self._normed = self._stream.record_event()
-            if self._pinned is None:
-                self._pinned = torch.empty(
-                    (self.count, *grad_Nw.shape), dtype=grad_Nw.dtype, pin_memory=True
+
+    def _send(self, group: list[int]) -> None:
+        """Send neighbours that lie in the rows' place: all of a group, or a single part."""
+        memory = self._memory
+        assert memory is not None
+        self._waiting = [k for k in self._waiting if k not in group]
+        if memory.whole_LUw is None:
+            whole = len(group) > 1
+            rows_UGw = memory.groups_UGw[group[0] // TOGETHER] if whole else None
+            self._move(group, memory.part(group[0])[:, None] if rows_UGw is None else rows_UGw)
+            return
+        self._in_memory += group
+        parts_GUw = memory.whole_LUw[group[0] : group[-1] + 1]
+        if self._stream is None:
+            for k, part in zip(group, parts_GUw, strict=True):
+                self.parts[k] = part
+        else:
+            if self._pinned_LNw is None:
+                self._pinned_LNw = torch.empty(
+                    memory.whole_LUw.shape, dtype=parts_GUw.dtype, pin_memory=True
                 )
-            self._pinned[k].copy_(grad_Nw, non_blocking=True)
-            self._copied[k] = self._stream.record_event()
-        grad_Uw.record_stream(self._stream)
-        self.parts[k] = self._pinned[k]
+            self._stream.wait_stream(torch.cuda.current_stream(parts_GUw.device))
+            with torch.cuda.stream(self._stream):
+                pinned_GUw = self._pinned_LNw[group[0] : group[-1] + 1]
+                pinned_GUw.copy_(parts_GUw, non_blocking=True)
+                event = self._stream.record_event()
+            for k, part in zip(group, pinned_GUw, strict=True):
+                self.parts[k], self._copied[k] = part, event
+        self._tell(group)
+
+    def _move(self, group: list[int], grad_UGw: Tensor) -> None:
+        """Bring parts to their owners, and from there to the owner's memory; a collective call."""
+        if self._stream is None:
+            grad_NGw = self._exchange.collect(self.plan, grad_UGw)
+            self._norms.append(_norm(grad_NGw))
+            for i, k in enumerate(group):
+                self.parts[k] = grad_NGw[:, i]
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(grad_UGw.device))
+            with torch.cuda.stream(self._stream):
+                grad_NGw = self._exchange.collect(self.plan, grad_UGw)
+                self._norms.append(_norm(grad_NGw))
+                self._normed = self._stream.record_event()
+                pinned_NGw = torch.empty(grad_NGw.shape, dtype=grad_NGw.dtype, pin_memory=True)
+                pinned_NGw.copy_(grad_NGw, non_blocking=True)
+                event = self._stream.record_event()
+            for i, k in enumerate(group):
+                self.parts[k], self._copied[k] = pinned_NGw[:, i], event
+        self._tell(group)
+
+    def _tell(self, group: list[int]) -> None:
+        assert self.sent is not None
+        for k in reversed(group):
+            self.sent(k)
+
+    def _norm_in_place(self, whole_LUw: Tensor) -> None:
+        if len(self._in_memory) == self.count and whole_LUw.is_cuda:
+            self._norms.append(_norm(whole_LUw))
+        else:
+            self._norms += [_norm(whole_LUw[k][:, None]) for k in sorted(self._in_memory)]
+        self._in_memory = []
 
     def wait(self, k: int) -> Tensor:
         """Return part `k`, [N, w], once it is in the owner's memory."""
@@ -84,19 +180,22 @@ class BatchGradient:
 
     def squared_norm(self) -> Tensor:
         """Return the sum of squares, fp64 0-dim where the gradient was."""
-        norms = [norm for norm in self._norms if norm is not None]
         if self._normed is not None:
-            torch.cuda.current_stream(norms[0].device).wait_event(self._normed)
-        return torch.stack(norms).double().square().sum()
+            torch.cuda.current_stream(self._norms[0].device).wait_event(self._normed)
+        return torch.stack(self._norms).double().square().sum()
 
 
-def _norm(grad_Nw: Tensor) -> Tensor:
+def _norm(grad_NGw: Tensor) -> Tensor:
     """Return the norm, 0-dim; on a CPU by row and then in fp64, whatever the threads."""
-    if grad_Nw.is_cuda:
-        norm: Tensor = torch.linalg.vector_norm(grad_Nw, dtype=torch.float32)
+    if grad_NGw.is_cuda:
+        norm: Tensor = torch.linalg.vector_norm(grad_NGw, dtype=torch.float32)
         return norm
-    by_row: Tensor = torch.linalg.vector_norm(grad_Nw, dim=1, dtype=torch.float32)
+    by_row: Tensor = torch.linalg.vector_norm(grad_NGw, dim=-1, dtype=torch.float32)
     return by_row.double().square().sum().sqrt()
+
+
+def _nothing(k: int) -> None:
+    """Leave a part where it is: the step has no other."""
 
 
 class StepGradient:
@@ -121,6 +220,7 @@ class StepGradient:
         self._thread, self._kernels = thread, kernels
         self._device, self._mesh_device = device, compute
         self._first: BatchGradient | None = None
+        self._begun: list[BatchGradient] = []
         self._folded = False
         self._place_of_row = torch.full((local_rows,), -1, dtype=torch.int64, device=device)
         self._rows: list[Tensor] = []
@@ -135,20 +235,23 @@ class StepGradient:
         assert self._first is not None
         return self._used if self._folded else self._first.plan.wanted_N.shape[0]
 
-    def begin(self, batch: BatchGradient) -> Callable[[int], None]:
-        """Take a micro-batch in; call what is returned behind each of its `put`s."""
+    def begin(self, batch: BatchGradient) -> None:
+        """Take a micro-batch in, before its first part comes."""
         self.batches += 1
+        self._begun.append(batch)
         if self.batches == 1:
             self._first = batch
-            return lambda k: None
+            batch.sent = _nothing
+            return
         if not self._folded:
             self._fold()
         places_N, fresh_N = self._places(batch.plan.wanted_N.to(self._device))
-        return lambda k: self._add(batch, k, places_N, fresh_N)
+        batch.sent = lambda k: self._add(batch, k, places_N, fresh_N)
 
     def squared_norm(self) -> Tensor:
         """Return the sum of squares of this rank's rows, fp64 0-dim."""
         assert self._first is not None
+        self._finish()
         if not self._folded:
             return self._first.squared_norm()
         used = self._used
@@ -161,6 +264,7 @@ class StepGradient:
         The latter is for the tier's thread, behind everything submitted so far.
         """
         assert self._first is not None
+        self._finish()
         if not self._folded:
             return self._first.plan.wanted_N.to(self._device), self._first.wait
         used = self._used
@@ -172,10 +276,16 @@ class StepGradient:
             self._place_of_row[rows] = -1
         self._rows, self._used, self.batches = [], 0, 0
         self._first, self._folded = None, False
+        self._begun.clear()
+
+    def _finish(self) -> None:
+        for batch in self._begun:
+            batch.finish()
 
     def _fold(self) -> None:
         first = self._first
         assert first is not None
+        first.finish()
         self._folded = True
         places_N, fresh_N = self._places(first.plan.wanted_N.to(self._device))
         for k in reversed(range(self._count)):

@@ -71,6 +71,8 @@ def deepspeed_config(
         "gradient_accumulation_steps": cfg.accumulation,
         "gradient_clipping": cfg.optimizer.clip,
         "steps_per_print": None,
+        # Its clock waits for the device before and after every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": optimization,
     }
@@ -179,6 +181,21 @@ def build_partitioned(
         buffer.data = buffer.data.to(mesh.device)
     _check_swap_buffers(module, cfg, dtype)
     return module
+
+
+def plain_linear() -> None:
+    """Give `torch.nn.functional.linear` back, which `zero.Init` replaces in the whole process.
+
+    DeepSpeed's is an autograd function in Python that does not keep the gathered weight alive until
+    the backward pass. Where weights stay whole anyway it only costs time: about as much host time
+    as the product's three launches together. An engine built later with partitioned weights puts
+    DeepSpeed's back.
+    """
+    overrides = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+    original = getattr(overrides.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    if original is not None:
+        functional: Any = nn.functional
+        functional.linear = original
 
 
 def _check_swap_buffers(module: nn.Module, cfg: EngineConfig, dtype: torch.dtype) -> None:

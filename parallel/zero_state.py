@@ -110,7 +110,14 @@ class _Piece:
 class DenseState:
     """The partitions of one rank inside DeepSpeed's ZeRO-3 optimizer, for every offload mode."""
 
-    def __init__(self, module: nn.Module, zero: Any, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        zero: Any,
+        rank: int,
+        world: int,
+        gather: Callable[[], None] | None = None,
+    ) -> None:
         """Describe the partitions.
 
         Args:
@@ -118,8 +125,11 @@ class DenseState:
             zero: DeepSpeedZeroOptimizer_Stage3.
             rank: this rank.
             world: ranks that partition.
+            gather: brings weights that stay whole up to date; a collective. None gathers those
+                that DeepSpeed keeps.
         """
         self.module, self.zero, self.rank, self.world = module, zero, rank, world
+        self._gather = gather or self._gather_persistent
         names = {id(p): name for name, p in module.named_parameters()}
         self.groups: list[list[_Piece]] = []
         for parameters in zero.fp16_groups:
@@ -247,9 +257,7 @@ class DenseState:
                         )
                         piece.of(target).copy_(source)
                 self.zero._reassign_or_swap_out_partitioned_parameters(index)
-        persistent = self.zero.persistent_parameters
-        if persistent:
-            persistent[0].all_gather(persistent)
+        self._gather()
         saved = buffers_of(tensors, meta)
         with torch.no_grad():
             for name, buffer in _persistent_buffers(self.module):
@@ -290,6 +298,9 @@ class DenseState:
                             if moment in state:
                                 piece.of(state[moment])[part].zero_()
                 self.zero._reassign_or_swap_out_partitioned_parameters(index)
+        self._gather()
+
+    def _gather_persistent(self) -> None:
         persistent = self.zero.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)

@@ -30,6 +30,7 @@ from kernels.documents import Documents
 from kernels.full_attention import FullCache, full_attention, full_decode
 from kernels.nsa import KeysValues, NsaCache, NsaSpec, Phi, nsa_attention_part, nsa_decode
 from parallel.group_exchange import GroupExchange, Share
+from tiny_onn.fused import Heads
 from tiny_onn.norm_rope import RMSNorm, apply_rope
 
 Cache = NsaCache | FullCache
@@ -160,6 +161,8 @@ class Attention(nn.Module):
         nn.init.normal_(self.w_out_CQ, std=cfg.init_std)
         self.q_norm = RMSNorm(D) if cfg.qk_norm else None
         self.k_norm = RMSNorm(D) if cfg.qk_norm else None
+        eps = 0.0 if self.q_norm is None else self.q_norm.eps
+        self.sizes = Heads(H, cfg.kv_branches, G, D, eps)
         if cfg.kind == "full":
             return
         self.spec = cfg.spec()
@@ -225,14 +228,26 @@ class Attention(nn.Module):
         gates = self._gates(x_TC)
         if docs is None:
             out = self._decode(q, k, v, gates, cache)
-        elif self.exchange is None:
-            out = self._attend(q, k, v, gates, docs, 0)
         else:
-            share = self.exchange.share(docs.total)
-            q, k, v, gates = self._to_groups(self.exchange, share, q, k, v, gates)
-            out = self._attend(q, k, v, gates, docs, share.row_first)
-            (out,) = self.exchange.to_tokens(share, out)
+            out = self.attend(q, k, v, gates, docs)
         return F.linear(out.reshape(T, -1), self.w_out_CQ)
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_TbGD: Tensor,
+        v_TbGD: Tensor,
+        gates_TH3: Tensor | None,
+        docs: Documents,
+    ) -> Tensor:
+        """Attend with what the projections gave of this rank's tokens; [T, H, D]."""
+        if self.exchange is None:
+            return self._attend(q_THD, k_TbGD, v_TbGD, gates_TH3, docs, 0)
+        share = self.exchange.share(docs.total)
+        q, k, v, gates = self._to_groups(self.exchange, share, q_THD, k_TbGD, v_TbGD, gates_TH3)
+        out = self._attend(q, k, v, gates, docs, share.row_first)
+        (out,) = self.exchange.to_tokens(share, out)
+        return out
 
     def _gates(self, x_TC: Tensor) -> Tensor | None:
         """Gates [T, H, 3] of compressed, selected, window; None for full attention."""

@@ -19,17 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kernels.rows import (
-    RowIndex,
-    gather_rows,
-    modulate,
-    row_index,
-    split_layers,
-    unique_ids,
-)
+from kernels.modulate import Sink, modulate
+from kernels.rows import RowIndex, gather_rows, row_index, split_layers, unique_ids
 from parallel.table_layout import TableConfig
 
-__all__ = ["DeepEmbedConfig", "DeepEmbedScale", "DeepEmbedTable", "split_layers"]
+__all__ = ["DeepEmbedConfig", "DeepEmbedScale", "DeepEmbedTable", "LayerRows", "split_layers"]
 
 
 @dataclass
@@ -52,6 +46,24 @@ class DeepEmbedConfig(TableConfig):
         if self.partition not in ("rows", "zero3"):
             raise ValueError(f"deepembed: partition {self.partition!r} is none of rows, zero3")
         super().validate()
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRows:
+    """One layer's rows of a batch, on their way into a block.
+
+    No tuple on purpose: DeepSpeed's hooks look for tensors in tuples and lists and wrap each of
+    them, twice per block and pass.
+
+    Attributes:
+        values_UW: the layer's columns of the batch's unique rows.
+        index: which of them each token uses.
+        sink: gets their gradient in place of autograd; see `kernels.modulate`.
+    """
+
+    values_UW: Tensor
+    index: RowIndex
+    sink: Sink | None = None
 
 
 class DeepEmbedScale(nn.Module):
@@ -84,12 +96,13 @@ class DeepEmbedScale(nn.Module):
         values_UW: Tensor,
         index: Tensor | RowIndex,
         residual_TW: Tensor | None = None,
+        sink: Sink | None = None,
     ) -> Tensor:
         """Return residual + x * (1 + delta), [T, W] in the type of `x_TW`.
 
         As x + x * delta: in bf16 1 + delta itself would lose every delta below 1/256.
         """
-        return modulate(x_TW, self._columns(values_UW), index, residual_TW)
+        return modulate(x_TW, self._columns(values_UW), index, residual_TW, sink)
 
     def _columns(self, values_UW: Tensor) -> Tensor:
         if values_UW.shape[1] == self.width:

@@ -58,7 +58,8 @@ class Exported:
         cfg: sizes and kinds.
         model: in evaluation mode, on its device.
         step: optimizer steps it was trained for.
-        table_VW: DeepEmbed's rows, mapped from the disk; None when off or part of the model.
+        table_VW: the rows of DeepEmbed and perhaps the input embedding, mapped from the disk; None
+            when there are none or they are part of the model.
     """
 
     cfg: ModelConfig
@@ -67,13 +68,13 @@ class Exported:
     table_VW: Tensor | None
 
     def rows(self, ids_T: Tensor) -> tuple[Sequence[Tensor] | None, RowIndex | None]:
-        """Return DeepEmbed's rows of some tokens, a tensor [U, W] per layer, and each one's row."""
+        """Return the rows of some tokens, a tensor [U, W] per part of a row, and each one's row."""
         if self.table_VW is None:
             return None, None
         weight = next(self.model.parameters())
         unique_U, inverse_T = unique_ids(ids_T.cpu())
         values_UW = self.table_VW.index_select(0, unique_U).to(weight.device, weight.dtype)
-        layers = split_layers(values_UW, self.cfg.layers)
+        layers = split_layers(values_UW, self.cfg.row_parts)
         return layers, row_index(inverse_T.to(weight.device), unique_U.shape[0])
 
     @torch.no_grad()

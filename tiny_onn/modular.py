@@ -23,10 +23,19 @@ from torch import Tensor, nn
 from kernels import Documents
 from kernels.rows import RowIndex, gather_rows
 from parallel.group_exchange import GroupExchange
+from parallel.table_batch import Parts
+from tiny_onn import fused
 from tiny_onn.activations import Activations, Checkpointing, checkpointing_of
 from tiny_onn.attention import Attention, AttentionConfig, Cache
-from tiny_onn.deepembed import DeepEmbedConfig, DeepEmbedScale, DeepEmbedTable, split_layers
-from tiny_onn.dynmoe import DynMoeConfig, build_ffn
+from tiny_onn.deepembed import (
+    DeepEmbedConfig,
+    DeepEmbedScale,
+    DeepEmbedTable,
+    LayerRows,
+    split_layers,
+)
+from tiny_onn.dynmoe import DenseFfn, DynMoeConfig, build_ffn
+from tiny_onn.fused import add_and_feed, add_and_norm, compiled, project
 from tiny_onn.loss import Head
 from tiny_onn.norm_rope import RMSNorm, rope_tables
 
@@ -46,6 +55,8 @@ class ModelConfig:
         norm_eps: epsilon of every RMSNorm.
         init_std: standard deviation of the initial weights of embedding and head.
         loss_chunk: tokens whose logits exist at once in the chunked cross entropy.
+        compile_blocks: the token-wise parts of a block (norms, projections, RoPE, dense
+            feed-forward) go through torch.compile in training on a GPU.
         activation_checkpointing: what is kept for the backward pass: "none" recomputes nothing,
             "recompute" keeps each block's input only, "offload" keeps that in host memory.
     """
@@ -58,6 +69,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     loss_chunk: int = 1024
+    compile_blocks: bool = False
     activation_checkpointing: Checkpointing | bool = "none"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     ffn: DynMoeConfig = field(default_factory=DynMoeConfig)
@@ -135,6 +147,7 @@ class Block(nn.Module):
             DeepEmbedScale(layer, cfg.deepembed_width) if cfg.deepembed.kind != "off" else None
         )
         self.scales_hidden = cfg.deepembed.kind == "hidden"
+        self.compile_blocks = cfg.compile_blocks
 
     def forward(
         self,
@@ -143,8 +156,7 @@ class Block(nn.Module):
         sin_TD: Tensor,
         docs: Documents | None,
         loss_scale: Tensor,
-        values_UW: Tensor | None,
-        index: RowIndex | None,
+        rows: LayerRows | None,
         first: int,
         cache: Cache | None = None,
     ) -> Tensor:
@@ -152,16 +164,39 @@ class Block(nn.Module):
 
         `first` is the index of the first of these tokens in the whole sequence.
         """
-        x_TC = x_TC + self.attention(self.attention_norm(x_TC), cos_TD, sin_TD, docs, cache)
-        h_TC = self.ffn_norm(x_TC)
-        if self.deepembed is None or values_UW is None or index is None:
+        if self.compile_blocks and docs is not None and (x_TC.is_cuda or fused.ANYWHERE):
+            heads_TQ = self._attend_compiled(x_TC, cos_TD, sin_TD, docs)
+            after = x_TC, heads_TQ, self.attention.w_out_CQ, self.ffn_norm.weight, self.ffn_norm.eps
+            if isinstance(self.ffn, DenseFfn) and self.deepembed is None:
+                w_in, w_out = self.ffn.w_in_IC, self.ffn.w_out_CF
+                fed: Tensor = compiled(add_and_feed)(*after, self.ffn.activation, w_in, w_out)
+                return fed
+            x_TC, h_TC = compiled(add_and_norm)(*after)
+        else:
+            x_TC = x_TC + self.attention(self.attention_norm(x_TC), cos_TD, sin_TD, docs, cache)
+            h_TC = self.ffn_norm(x_TC)
+        if self.deepembed is None or rows is None:
             y_TC: Tensor = self.ffn(h_TC, None, loss_scale, first)
         elif self.scales_hidden:
-            y_TC = self.ffn(h_TC, self.deepembed(values_UW, index), loss_scale, first)
+            scale_TW = self.deepembed(rows.values_UW, rows.index)
+            y_TC = self.ffn(h_TC, scale_TW, loss_scale, first)
         else:
             y_TC = self.ffn(h_TC, None, loss_scale, first)
-            return self.deepembed.modulate(y_TC, values_UW, index, x_TC)
+            return self.deepembed.modulate(y_TC, rows.values_UW, rows.index, x_TC, rows.sink)
         return x_TC + y_TC
+
+    def _attend_compiled(
+        self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, docs: Documents
+    ) -> Tensor:
+        """Return the heads of attention side by side, [T, H·D]."""
+        a, norm = self.attention, self.attention_norm
+        w_q = None if a.q_norm is None else a.q_norm.weight
+        w_k = None if a.k_norm is None else a.k_norm.weight
+        gates = (None, None) if a.cfg.kind == "full" else (a.w_gate_GC, a.b_gate_G)
+        q, k, v, gates_TH3 = compiled(project)(
+            x_TC, norm.weight, norm.eps, a.w_qkv_QC, w_q, w_k, *gates, cos_TD, sin_TD, a.sizes
+        )
+        return a.attend(q, k, v, gates_TH3, docs).reshape(x_TC.shape[0], -1)
 
 
 class TokenEmbedding(nn.Module):
@@ -265,8 +300,8 @@ class TinyOnn(nn.Module):
         cos_TD, sin_TD = rope_tables(positions_T, attention.rope_dim, attention.rope_theta)
         activations = Activations(checkpointing_of(self.cfg.activation_checkpointing))
         for i, block in enumerate(self.blocks):
-            values_UW = layers[first_layer + i] if layers is not None else None
-            inputs = (cos_TD, sin_TD, docs, loss_scale, values_UW, index, first)
+            rows = self._layer_rows(layers, index, first_layer + i)
+            inputs = (cos_TD, sin_TD, docs, loss_scale, rows, first)
             if caches is not None:
                 x_TC = block(x_TC, *inputs, caches[i])
             else:
@@ -295,6 +330,17 @@ class TinyOnn(nn.Module):
         elif self.cfg.deepembed.kind == "off":
             layers = None
         return x_TC, layers, index
+
+    def _layer_rows(
+        self, layers: Sequence[Tensor] | None, index: RowIndex | None, part: int
+    ) -> LayerRows | None:
+        """Return what a layer needs of its rows, waiting for them if need be."""
+        if layers is None or index is None:
+            return None
+        sink = None
+        if isinstance(layers, Parts) and self.cfg.deepembed.kind == "output":
+            sink = layers.sink(part)
+        return LayerRows(layers[part], index, sink)
 
     def new_caches(self) -> list[Cache]:
         """Return an empty decoding cache for every layer."""

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.documents import Documents
+from kernels.nsa.gpu_checks import check_all
 from kernels.nsa.spec import NsaSpec
-from kernels.nsa.triton_check import Case, compare, random_case
+from kernels.nsa.triton_check import Case, random_case
 
 Stage = tuple[Callable[[], Any], float, float]
 """Launch, floating-point operations, bytes of inputs and outputs."""
@@ -77,7 +78,7 @@ def stages(  # noqa: PLR0915  (a list of launches)
     T, H, D = q.shape
     G, DV = vs.shape[1:]
     spec, layout = case.spec, packed_layout(case.docs, case.spec)
-    configs = kernel_configs() if configs is None else configs
+    configs = kernel_configs(D) if configs is None else configs
     scale = D**-0.5
     token, seen = layout.tokens, layout.window
     maps = maps or [None] * 4  # type: ignore[list-item]
@@ -127,7 +128,7 @@ def stages(  # noqa: PLR0915  (a list of launches)
                 dq, q, do, grad.partials if third else None, selected, token[0], spec.select,
                 (c * chunk, min(T, (c + 1) * chunk)), (k, v, token[2], token[3]),
                 (kw, vw, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
-                branches=(first, second),
+                anything=configs.grad_q_any, branches=(first, second),
             )  # fmt: skip
 
     def grad_window() -> tuple[Tensor, Tensor]:
@@ -150,7 +151,7 @@ def stages(  # noqa: PLR0915  (a list of launches)
         compress(vc, maps[2], maps[3], layout, spec)
 
     def compress_both_backward() -> None:
-        compress_backward(dk, kc, maps[0], maps[1], layout, spec)
+        compress_backward(dk, kc, maps[0], maps[1], layout, spec, keys=True)
         compress_backward(dv, vc, maps[2], maps[3], layout, spec)
 
     pairs_c, pairs_s, pairs_w = (2.0 * H * x for x in visible_pairs(case.docs, spec))
@@ -353,25 +354,17 @@ def time_case(
     }
 
 
-CHECKS: tuple[dict[str, Any], ...] = (
-    {"lengths": [1000], "heads": 16, "groups": 1, "dim": 128},
-    {"lengths": [1, 15, 31, 32, 33, 63, 64, 65, 127, 1000], "heads": 8, "groups": 2, "dim": 64},
-    {"lengths": [700, 1, 1200], "heads": 4, "groups": 2, "dim": 96, "mean": True},
-    {"lengths": [129, 1500], "heads": 4, "groups": 4, "dim": 128},
-    {"lengths": [1, 200, 4096], "heads": 16, "groups": 1, "dim": 128},
-    {"lengths": [900], "heads": 4, "groups": 2, "dim": 64},
-    {"lengths": [900], "heads": 8, "groups": 1, "dim": 96},
-    {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "magnitude": 3e3},
-    {"lengths": [1300], "heads": 8, "groups": 2, "dim": 128, "equal": True},
-    {"lengths": [1, 15, 31, 32, 33, 63, 64, 65, 127, 1000], "heads": 16, "groups": 1, "dim": 128},
-    {"lengths": [1, 63, 1500], "heads": 16, "groups": 2, "dim": 128},
-    {"lengths": [1300], "heads": 16, "groups": 1, "dim": 128, "magnitude": 3e3},
-    {"lengths": [1300], "heads": 16, "groups": 1, "dim": 64, "equal": True},
-    {"lengths": [65, 700], "heads": 12, "groups": 3, "dim": 64},
-    # As above, but rows of [H, T] start on 16 bytes: the Gluon kernels take these.
-    {"lengths": [1, 15, 31, 32, 33, 63, 64, 65, 127, 1105], "heads": 16, "groups": 1, "dim": 128},
-    {"lengths": [64, 700], "heads": 12, "groups": 3, "dim": 64},
-)
+def launch_stages(case: Case) -> None:
+    """Launch every stage once, marked for a profiler."""
+    forward, backward = stages(case)
+    for launch, *_ in (*forward.values(), *backward.values()):
+        launch()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
+    for launch, *_ in (*forward.values(), *backward.values()):
+        launch()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
 
 
 def bench_attention(
@@ -380,43 +373,48 @@ def bench_attention(
     groups: int = 4,
     dim: int = 128,
     *,
+    value_dim: int | None = None,
     check: bool = False,
+    workers: int = 8,
     json: str | Path | None = None,
     rounds: int = 5,
     documents: int = 0,
+    dense: Sequence[str] = ("cudnn", "flash"),
+    profile: bool = False,
 ) -> int:
     """Check (`check`) and time NSA; print a table, write everything to `json`; return an exit code.
 
     With `documents`, a pack of that many of 100 to 2,000 tokens is timed beside one sequence as
-    long. Returns 1 when a check fails or there is no CUDA device to time on.
+    long. `profile` launches every stage once, between the marks that a profiler started with
+    `ncu --profile-from-start off` waits for. Returns 1 when a check fails or there is no CUDA
+    device to time on.
     """
     if not torch.cuda.is_available():
         print("bench attention needs a CUDA device, and torch sees none")
         return 1
-    from kernels.nsa.triton_api import nsa_attention_triton
-
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "checks": [], "times": []}
     failed = False
-    for arguments in CHECKS if check else ():
-        report = compare(random_case(**arguments), nsa_attention_triton)
-        bad = report.failures()
-        failed |= bool(bad)
-        worst = max(a / max(b, 1e-12) for a, b in report.errors.values())
-        print(
-            f"check {arguments}: {'FAILED' if bad else 'ok'}, worst {worst:.2f}x plain", flush=True
-        )
-        for line in bad:
-            print(f"  {line}")
-        results["checks"].append({**arguments, "errors": report.errors, "failures": bad})
+    if check:
+        results["checks"] = list(check_all(workers))
+        failed = any(found["failures"] for found in results["checks"])
     for n in lengths:
-        result = time_case(random_case([n], heads, groups, dim), rounds=rounds)
+        case = random_case([n], heads, groups, dim, value_dim=value_dim)
+        if profile:
+            launch_stages(case)
+            continue
+        result = time_case(case, rounds=rounds, dense=dense)
         results["times"].append(result)
         print_times(result)
     if documents:
         draw = torch.Generator().manual_seed(0)
         pack = torch.randint(100, 2001, (documents,), generator=draw).tolist()
         both = [
-            time_case(random_case(n, heads, groups, dim), rounds=rounds, dense=(), by_stage=False)
+            time_case(
+                random_case(n, heads, groups, dim, value_dim=value_dim),
+                rounds=rounds,
+                dense=(),
+                by_stage=False,
+            )
             for n in (pack, [sum(pack)])
         ]
         for result in both:
@@ -453,13 +451,20 @@ def print_times(result: dict[str, Any]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `tiny-onn bench attention`."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 65536])
     parser.add_argument("--heads", type=int, default=64, help="query heads")
     parser.add_argument("--groups", type=int, default=4, help="KV groups")
     parser.add_argument("--dim", type=int, default=128, help="head dimension")
+    parser.add_argument("--value-dim", type=int, default=None, help="head dimension of the values")
     parser.add_argument("--check", action="store_true", help="compare with fp64 first")
+    parser.add_argument("--workers", type=int, default=8, help="checks at a time")
+    parser.add_argument(
+        "--dense", nargs="*", choices=("cudnn", "flash"), default=["cudnn", "flash"],
+        help="dense attention to compare with",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, default=None, help="write everything to this file")
     parser.add_argument("--rounds", type=int, default=5, help="timed launches of each")
+    parser.add_argument("--profile", action="store_true", help="launch all stages once, for ncu")
     parser.add_argument(
         "--documents", type=int, default=0, help="also time a pack of so many documents"
     )

@@ -191,7 +191,7 @@ def nsa_blocked(
     distances: list[Tensor] | None = None if stats is None else []
     out: Tensor = _BlockedNsa.apply(  # type: ignore[no-untyped-call]
         q_THD.contiguous(),
-        compress(k_cmp, phi_k, plan),
+        compress(k_cmp, phi_k, plan, keys=True),
         compress(v_cmp, phi_v, plan),
         k_slc,
         v_slc,

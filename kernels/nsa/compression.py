@@ -48,7 +48,7 @@ class _Compress(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TGD: Tensor, weight_lDD: Tensor, position_lD: Tensor, plan: Plan
+        ctx: Any, x_TGD: Tensor, weight_lDD: Tensor, position_lD: Tensor, plan: Plan, keys: bool
     ) -> Tensor:
         chunks = _chunks(x_TGD, plan)
         N, G, _ = chunks.shape
@@ -59,11 +59,11 @@ class _Compress(torch.autograd.Function):
         for m in range(M):
             out = out + _shift_up(products[:, :, m], m)
         ctx.save_for_backward(x_TGD, weight_lDD, position_lD)
-        ctx.plan = plan
+        ctx.plan, ctx.keys = plan, keys
         return out.to(x_TGD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_NGD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_NGD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x_TGD, weight_lDD, position_lD = ctx.saved_tensors
         plan: Plan = ctx.plan
         _, G, D = x_TGD.shape
@@ -79,11 +79,13 @@ class _Compress(torch.autograd.Function):
 
         grad_weight = chunks.flatten(0, 1).t() @ grad_products
         grad_weight = grad_weight.view(d * D, M, out).transpose(0, 1).reshape(weight_lDD.shape)
+        if ctx.keys:
+            return grad_x, grad_weight, torch.zeros_like(position_lD), None, None
         total = grad_NGD.sum(dim=(0, 1), dtype=torch.promote_types(grad_NGD.dtype, torch.float32))
         total = total.to(grad_NGD.dtype)
         grad_weight = grad_weight + position_lD[:, :, None] * total
         grad_position = (weight_lDD.flatten(0, 1) @ total).view_as(position_lD)
-        return grad_x, grad_weight, grad_position, None
+        return grad_x, grad_weight, grad_position, None, None
 
 
 class _CompressMean(torch.autograd.Function):
@@ -113,13 +115,16 @@ class _CompressMean(torch.autograd.Function):
         return chunk_grad.to(grad_NGD.dtype).index_select(0, chunk), None
 
 
-def compress(x_TGD: Tensor, phi: Phi | None, plan: Plan) -> Tensor:
+def compress(x_TGD: Tensor, phi: Phi | None, plan: Plan, *, keys: bool = False) -> Tensor:
     """Compress every complete block of every document.
 
     Args:
         x_TGD: keys or values of the compressed branch, one per token.
         phi: the learned map; None takes the mean.
         plan: layout of the documents.
+        keys: x are keys. The position term then moves every score of a query by the same amount,
+            which no softmax notices: its gradient is zero, where a sum over all blocks would be
+            rounding errors only, which Adam would scale to whole steps.
 
     Returns:
         [N, G, D] by compressed slot; slots without a complete block hold numbers of no meaning that
@@ -130,7 +135,7 @@ def compress(x_TGD: Tensor, phi: Phi | None, plan: Plan) -> Tensor:
         out = _CompressMean.apply(x_TGD, plan)  # type: ignore[no-untyped-call]
     else:
         out = _Compress.apply(  # type: ignore[no-untyped-call]
-            x_TGD, phi.weight_lDD, phi.position_lD, plan
+            x_TGD, phi.weight_lDD, phi.position_lD, plan, keys
         )
     return out
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.nsa.gluon_interval import tile_descriptor
-from kernels.nsa.gluon_selected_tma import pair_descriptor, pair_row, slot_row
+from kernels.nsa.gluon_selected_tma import pair_descriptor, pair_row, slot_row, tile_entries
 
 
 @gluon.jit
@@ -41,20 +41,21 @@ def _copier(
         stage = i % 2
         parity = (i // 2 & 1) ^ 1
         at = begin + i * QUERIES
+        coming = tile_entries(order_ptr, at, end, QUERIES)
+        leaving = tile_entries(order_ptr, gl.maximum(at - 2 * QUERIES, begin), end, QUERIES)
         if i < tiles:
             mbarrier.wait(done_do.index(stage), parity)
             bar = full_do.index(stage)
             mbarrier.expect(bar, QUERIES * do_desc.block_type.nbytes)
             for j in gl.static_range(QUERIES):
-                row = pair_row(order_ptr, at + j, end, group, past, G, HG, K)
+                row = pair_row(coming[j], group, past, G, HG, K)
                 tma.async_copy_global_to_shared(
                     do_desc, [row, 0], bar, do_s.index(stage).slice(j * HG, HG)
                 )
         mbarrier.wait(done_q.index(stage), parity)
         if i >= 2:
             for j in gl.static_range(QUERIES):
-                e = at - 2 * QUERIES + j
-                row = slot_row(order_ptr, e, end, token0 * (G * K), past_part, HG)
+                row = slot_row(leaving[j], token0 * (G * K), past_part, HG)
                 tma.async_copy_shared_to_global(
                     part_desc, [row, 0], q_s.index(stage).slice(j * HG, HG)
                 )
@@ -63,7 +64,7 @@ def _copier(
             bar = full_q.index(stage)
             mbarrier.expect(bar, QUERIES * q_desc.block_type.nbytes)
             for j in gl.static_range(QUERIES):
-                row = pair_row(order_ptr, at + j, end, group, past, G, HG, K)
+                row = pair_row(coming[j], group, past, G, HG, K)
                 tma.async_copy_global_to_shared(
                     q_desc, [row, 0], bar, q_s.index(stage).slice(j * HG, HG)
                 )

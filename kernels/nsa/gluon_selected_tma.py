@@ -5,7 +5,7 @@ copies and four multiply. Partial outputs leave through the buffer that their qu
 """
 
 # Arguments of @gluon.jit functions have no Python types.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
 
 from __future__ import annotations
 
@@ -25,17 +25,28 @@ from kernels.nsa.gluon_interval import tile_descriptor, tile_layout
 
 
 @gluon.jit
-def pair_row(order_ptr, e, end, group, past, G: gl.constexpr, HG: gl.constexpr, K: gl.constexpr):
-    """First row (query, head) of list entry e in [T * H, D]; `past` the last row beyond the end."""
-    entry = gl.load(order_ptr + e, mask=e < end, other=0)
-    return gl.where(e < end, (entry // (G * K) * G + group) * HG, past)
+def tile_entries(order_ptr, e, end, QUERIES: gl.constexpr):
+    """List entries e, e + 1 … of a tile as numbers of their own, -1 beyond the end.
+
+    A warp that copies asks for them before it waits for a buffer: one after the other, each in
+    front of its copy, they were most of what it did.
+    """
+    entries = (gl.load(order_ptr + e, mask=e < end, other=-1),)
+    for j in gl.static_range(1, QUERIES):
+        entries = entries + (gl.load(order_ptr + e + j, mask=e + j < end, other=-1),)  # noqa: RUF005
+    return entries
 
 
 @gluon.jit
-def slot_row(order_ptr, e, end, entry0, past, HG: gl.constexpr):
-    """First row (query, slot, head) of list entry e in the partials; `past` beyond the end."""
-    entry = gl.load(order_ptr + e, mask=e < end, other=0)
-    return gl.where(e < end, (entry - entry0) * HG, past)
+def pair_row(entry, group, past, G: gl.constexpr, HG: gl.constexpr, K: gl.constexpr):
+    """First row (query, head) of a list entry in [T * H, D]; `past` the last row beyond the end."""
+    return gl.where(entry >= 0, (entry // (G * K) * G + group) * HG, past)
+
+
+@gluon.jit
+def slot_row(entry, entry0, past, HG: gl.constexpr):
+    """First row (query, slot, head) of a list entry in the partials; `past` beyond the end."""
+    return gl.where(entry >= 0, (entry - entry0) * HG, past)
 
 
 @gluon.jit
@@ -51,10 +62,11 @@ def _producer(
     for i in range(0, gl.cdiv(end - begin, QUERIES)):
         stage = i % STAGES
         bar = full.index(stage)
+        coming = tile_entries(order_ptr, begin + i * QUERIES, end, QUERIES)
         mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
         mbarrier.expect(bar, QUERIES * q_desc.block_type.nbytes)
         for j in gl.static_range(QUERIES):
-            row = pair_row(order_ptr, begin + i * QUERIES + j, end, group, past, G, HG, K)
+            row = pair_row(coming[j], group, past, G, HG, K)
             tma.async_copy_global_to_shared(
                 q_desc, [row, 0], bar, q_s.index(stage).slice(j * HG, HG)
             )
@@ -89,6 +101,7 @@ def _consumer(
         e = at + rows // HG
         ok = e < end
         entry = gl.load(order_ptr + e, mask=ok, other=0)
+        leaving = tile_entries(order_ptr, at, end, QUERIES)
         mbarrier.wait(full.index(stage), i // STAGES & 1)
         q = q_s.index(stage)
         s = warpgroup_mma(q, k_s.permute([1, 0]), zero, use_acc=False, is_async=True)
@@ -108,7 +121,7 @@ def _consumer(
         q.store((o * share[:, None]).to(dtype))
         fence_async_shared()
         for j in gl.static_range(QUERIES):
-            row = slot_row(order_ptr, at + j, end, entry0, past_part, HG)
+            row = slot_row(leaving[j], entry0, past_part, HG)
             tma.async_copy_shared_to_global(part_desc, [row, 0], q.slice(j * HG, HG))
         if i > 0:
             # The buffer before this one has left by now.

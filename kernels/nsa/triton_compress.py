@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.nsa.spec import NsaSpec
-from kernels.nsa.triton_config import pow2
 from kernels.nsa.triton_layout import PackedLayout
+from kernels.nsa.triton_parts import tile_width
 
 
 @triton.jit
@@ -44,24 +44,28 @@ def compress_kernel(
     group = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.load(slot_block_ptr + slot, mask=slot < NC, other=-1)
-    d = tl.arange(0, BD)
-    e = tl.arange(0, BE)
-    rows = x_ptr + group * stride_xg + token.to(tl.int64)[:, None] * stride_xt + d[None, :]
-    real = (token >= 0)[:, None] & (d < D)[None, :]
+    e = tl.program_id(2) * BE + tl.arange(0, BE)
+    rows = x_ptr + group * stride_xg + token.to(tl.int64)[:, None] * stride_xt
+    real = (token >= 0)[:, None]
     acc = tl.zeros((BN, BE), tl.float32)
     for i in range(L):
-        x = tl.load(rows + i * stride_xt, mask=real, other=0.0)
         if MEAN:
+            x = tl.load(rows + i * stride_xt + e[None, :], mask=real & (e < E)[None, :], other=0.0)
             acc += x.to(tl.float32)
         else:
-            w = tl.load(
-                w_ptr + (i * D + d)[:, None] * E + e[None, :],
-                mask=(d < D)[:, None] & (e < E)[None, :],
-                other=0.0,
-            )
-            shift = tl.load(position_ptr + i * D + d, mask=d < D, other=0.0)
-            shifted = (x.to(tl.float32) + shift.to(tl.float32)[None, :]).to(x.dtype)
-            acc = tl.dot(shifted, w, acc, input_precision="ieee")
+            for first in tl.static_range(0, D, BD):
+                d = first + tl.arange(0, BD)
+                x = tl.load(
+                    rows + i * stride_xt + d[None, :], mask=real & (d < D)[None, :], other=0.0
+                )
+                w = tl.load(
+                    w_ptr + (i * D + d)[:, None] * E + e[None, :],
+                    mask=(d < D)[:, None] & (e < E)[None, :],
+                    other=0.0,
+                )
+                shift = tl.load(position_ptr + i * D + d, mask=d < D, other=0.0)
+                shifted = (x.to(tl.float32) + shift.to(tl.float32)[None, :]).to(x.dtype)
+                acc = tl.dot(shifted, w, acc, input_precision="ieee")
     if MEAN:
         acc = acc / L
     acc = tl.where((token >= 0)[:, None], acc, 0.0)
@@ -93,14 +97,14 @@ def compress_grad_x_kernel(
 ):
     """dx[chunk(n) + r] = sum_m dout[n - m] @ W[r + m * stride]^T over blocks of one document."""
     r = tl.program_id(1)
-    group = tl.program_id(2).to(tl.int64)
+    tiles: tl.constexpr = (D + BD - 1) // BD
+    group = (tl.program_id(2) // tiles).to(tl.int64)
     slot = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = slot < NC
     token = tl.load(slot_chunk_ptr + slot, mask=inside, other=0) + r
     end = tl.load(slot_end_ptr + slot, mask=inside, other=0)
     first = tl.load(slot_first_ptr + slot, mask=inside, other=0)
-    d = tl.arange(0, BD)
-    e = tl.arange(0, BE)
+    d = tl.program_id(2) % tiles * BD + tl.arange(0, BD)
     acc = tl.zeros((BN, BD), tl.float32)
     for m in range(L // STRIDE):
         source = slot - m
@@ -110,13 +114,15 @@ def compress_grad_x_kernel(
             g = tl.load(rows + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
             acc += g.to(tl.float32) / L
         else:
-            g = tl.load(rows + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0)
-            w = tl.load(
-                w_ptr + ((r + m * STRIDE) * D + d)[:, None] * E + e[None, :],
-                mask=(d < D)[:, None] & (e < E)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(g, tl.trans(w), acc, input_precision="ieee")
+            for start in tl.static_range(0, E, BE):
+                e = start + tl.arange(0, BE)
+                g = tl.load(rows + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0)
+                w = tl.load(
+                    w_ptr + ((r + m * STRIDE) * D + d)[:, None] * E + e[None, :],
+                    mask=(d < D)[:, None] & (e < E)[None, :],
+                    other=0.0,
+                )
+                acc = tl.dot(g, tl.trans(w), acc, input_precision="ieee")
     out = dx_ptr + group * stride_xg + token.to(tl.int64)[:, None] * stride_xt + d[None, :]
     mask = (inside & (token < end))[:, None] & (d < D)[None, :]
     tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -145,8 +151,9 @@ def compress_grad_w_kernel(
     """dw[split, i] = sum of (x[token(n) + i, g] + pos[i])^T @ dout[n, g] over the split's tiles."""
     i = tl.program_id(0)
     split = tl.program_id(1)
-    d = tl.arange(0, BD)
-    e = tl.arange(0, BE)
+    across: tl.constexpr = (E + BE - 1) // BE
+    d = tl.program_id(2) // across * BD + tl.arange(0, BD)
+    e = tl.program_id(2) % across * BE + tl.arange(0, BE)
     shift = tl.load(position_ptr + i * D + d, mask=d < D, other=0.0).to(tl.float32)
     tiles = tl.cdiv(NC, BN)
     acc = tl.zeros((BD, BE), tl.float32)
@@ -190,8 +197,8 @@ def compress(
         weight, position = x_TGD, x_TGD
     else:
         weight, position = weight_lDE.to(x_TGD.dtype).contiguous(), position_lD.contiguous()
-    BN = 64
-    compress_kernel[(triton.cdiv(layout.n_slots, BN), G)](
+    BN, BE = 64, tile_width(E)
+    compress_kernel[(triton.cdiv(layout.n_slots, BN), G, triton.cdiv(E, BE))](
         x_TGD,
         weight,
         position,
@@ -205,8 +212,8 @@ def compress(
         L=spec.block,
         D=D,
         E=E,
-        BD=pow2(D),
-        BE=pow2(E),
+        BD=tile_width(D),
+        BE=BE,
         BN=BN,
         MEAN=weight_lDE is None,
         num_warps=4,
@@ -222,8 +229,15 @@ def compress_backward(
     position_lD: Tensor | None,
     layout: PackedLayout,
     spec: NsaSpec,
+    *,
+    keys: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `compress` with respect to x, weight and position, each in its own dtype."""
+    """Gradients of `compress` with respect to x, weight and position, each in its own dtype.
+
+    With `keys` the position's is zero: its term moves all compressed keys alike, so every score of
+    a query by the same amount, which no softmax notices. A sum over dout is rounding errors only,
+    which Adam would scale to whole steps.
+    """
     T, G, D = x_TGD.shape
     E = dout_NGE.shape[2]
     NC, BN = layout.n_slots, 64
@@ -231,8 +245,9 @@ def compress_backward(
     dx = x_TGD.new_empty(T, G, D)
     mean = weight_lDE is None or position_lD is None
     weight = x_TGD if weight_lDE is None else weight_lDE.to(x_TGD.dtype).contiguous()
-    sizes = {"D": D, "E": E, "BD": pow2(D), "BE": pow2(E), "BN": BN}
-    compress_grad_x_kernel[(triton.cdiv(NC, BN), spec.stride, G)](
+    BD, BE = tile_width(D), tile_width(E)
+    sizes = {"D": D, "E": E, "BD": BD, "BE": BE, "BN": BN}
+    compress_grad_x_kernel[(triton.cdiv(NC, BN), spec.stride, G * triton.cdiv(D, BD))](
         dout,
         weight,
         dx,
@@ -255,7 +270,7 @@ def compress_backward(
         return dx, None, None
     splits = max(1, min(8, triton.cdiv(NC, BN) * G))
     partial = torch.empty(splits, spec.block, D, E, dtype=torch.float32, device=x_TGD.device)
-    compress_grad_w_kernel[(spec.block, splits)](
+    compress_grad_w_kernel[(spec.block, splits, triton.cdiv(D, BD) * triton.cdiv(E, BE))](
         x_TGD,
         position_lD.contiguous(),
         dout,
@@ -272,7 +287,10 @@ def compress_backward(
         num_warps=8,
         num_stages=3,
     )
+    dweight = partial.sum(0).to(weight_lDE.dtype)
+    if keys:
+        return dx, dweight, torch.zeros_like(position_lD)
     # Padding slots are seen by no query, so their gradient rows are zero and may join the sum.
     total_E = dout_NGE.sum((0, 1), dtype=torch.float32)
     dposition = (weight.flatten(0, 1) @ total_E.to(weight.dtype)).view(position_lD.shape)
-    return dx, partial.sum(0).to(weight_lDE.dtype), dposition.to(position_lD.dtype)
+    return dx, dweight, dposition.to(position_lD.dtype)

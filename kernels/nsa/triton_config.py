@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import triton
@@ -33,13 +33,13 @@ class KernelConfigs:
     For the selected kernels BM counts rows (queries times heads of the group) and BN is
     not used: the keys are one selected block. Their Gluon kernels gather by threads with two
     stages, by the copy engine with more. `piece_*` are the queries that one program serves.
-    `finish` is the kernel that computes the window and merges the partials; without Gluon those
-    are `window_forward` and a merge of `combine_rows` rows.
+    `score_halves` takes the exponentials of the importance two at a time in fp16. `grad_q_any` lets
+    the Gluon kernel of dq take shapes at which it was not checked on a GPU.
+    `combine_rows` are the rows of one program that merges partials.
     """
 
     forward: TileConfig
     window_forward: TileConfig
-    finish: TileConfig
     grad_q: TileConfig
     grad_kv: TileConfig
     window_grad_kv: TileConfig
@@ -53,12 +53,13 @@ class KernelConfigs:
     top_k_rows: int
     score_chunk: int
     partial_rows: int
+    score_halves: bool = False
+    grad_q_any: bool = False
 
 
 _HOPPER = KernelConfigs(
     forward=TileConfig(128, 128, 8, 2, gluon=True),
     window_forward=TileConfig(128, 128, 8, 2, gluon=True),
-    finish=TileConfig(128, 128, 8, 2),
     grad_q=TileConfig(64, 64, 4, 2, gluon=True),
     grad_kv=TileConfig(64, 128, 8, 3, gluon=True),
     window_grad_kv=TileConfig(64, 128, 8, 2, gluon=True),
@@ -74,10 +75,22 @@ _HOPPER = KernelConfigs(
     partial_rows=8192 * 64 * 16,
 )
 
+# Head dims above 128: rows of queries and keys are two tiles, and dk and dv fill the registers.
+_HOPPER_WIDE = replace(
+    _HOPPER,
+    forward=TileConfig(128, 64, 8, 2),
+    window_forward=TileConfig(128, 64, 8, 2),
+    grad_q=TileConfig(64, 64, 4, 2),
+    grad_kv=TileConfig(32, 64, 4, 2),
+    window_grad_kv=TileConfig(32, 64, 4, 2),
+    score=TileConfig(64, 64, 4, 2),
+    selected_forward=TileConfig(64, 64, 4, 2),
+    selected_backward=TileConfig(32, 64, 4, 2),
+)
+
 _INTERPRETER = KernelConfigs(
     forward=TileConfig(32, 16, 1, 1),
     window_forward=TileConfig(16, 32, 1, 1),
-    finish=TileConfig(16, 32, 1, 1),
     grad_q=TileConfig(32, 16, 1, 1),
     grad_kv=TileConfig(32, 32, 1, 1),
     window_grad_kv=TileConfig(32, 16, 1, 1),
@@ -100,6 +113,8 @@ def pow2(n: int) -> int:
     return max(16, int(triton.next_power_of_2(n)))
 
 
-def kernel_configs() -> KernelConfigs:
-    """Return the tiles: those measured on Hopper at head dimension 128, or the interpreter's."""
-    return _INTERPRETER if INTERPRETED else _HOPPER
+def kernel_configs(dim: int = 128) -> KernelConfigs:
+    """Return the tiles for head dimension `dim`: those of Hopper, or the interpreter's."""
+    if INTERPRETED:
+        return _INTERPRETER
+    return _HOPPER if dim <= 128 else _HOPPER_WIDE

@@ -18,36 +18,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.nsa.triton_config import TileConfig, pow2
+from kernels.nsa.triton_parts import (
+    gather_parts,
+    load_parts,
+    load_tile,
+    part_widths,
+    row_products,
+)
 
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def load_tile(
-    source,
-    row0,
-    column,
-    stride,
-    end,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    TMA: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Load ROWS rows from row0, WIDTH wide; rows from `end` on are zero or, by TMA, another's."""
-    if TMA:
-        return source.load([row0, column])
-    else:
-        row = row0 + tl.arange(0, ROWS)
-        d = tl.arange(0, BLOCK)
-        at = source + column + row.to(tl.int64)[:, None] * stride + d[None, :]
-        if MASKED:
-            return tl.load(at, mask=(row < end)[:, None] & (d < WIDTH)[None, :], other=0.0)
-        elif BLOCK == WIDTH:
-            return tl.load(at)
-        else:
-            return tl.load(at, mask=(d < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
@@ -79,14 +58,15 @@ def _forward_step(
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BDV: tl.constexpr,
     BN: tl.constexpr,
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    k = load_tile(k_src, n0, k_column, stride_kn, stop, D, BD, BN, TMA, MASKED)
+    k = load_parts(k_src, n0, k_column, stride_kn, stop, D, BD, BX, BN, TMA, MASKED)
     v = load_tile(v_src, n0, v_column, stride_vn, stop, DV, BDV, BN, TMA, MASKED)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = row_products(q, k)
     if MASKED:
         n = n0 + tl.arange(0, BN)
         visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
@@ -131,6 +111,7 @@ def attend_interval(
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -151,7 +132,7 @@ def attend_interval(
     for n0 in range(full_low, full_high, BN):
         acc, high_water, total = _forward_step(
             acc, high_water, total, q, k_src, v_src, k_column, v_column, n0, low, high, stop,
-            scale_log2, stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, False,
+            scale_log2, stride_kn, stride_vn, D, DV, BD, BX, BDV, BN, TMA, False,
         )  # fmt: skip
     before = (full_low - start) // BN
     after = tl.cdiv(tl.maximum(stop - full_high, 0), BN)
@@ -159,7 +140,7 @@ def attend_interval(
         n0 = tl.where(i < before, start + i * BN, full_high + (i - before) * BN)
         acc, high_water, total = _forward_step(
             acc, high_water, total, q, k_src, v_src, k_column, v_column, n0, low, high, stop,
-            scale_log2, stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, True,
+            scale_log2, stride_kn, stride_vn, D, DV, BD, BX, BDV, BN, TMA, True,
         )  # fmt: skip
     some = total > 0
     safe = tl.where(some, total, 1.0)
@@ -190,6 +171,7 @@ def interval_forward_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -202,16 +184,12 @@ def interval_forward_kernel(
     last = tl.minimum(first + BM, T) - 1
     rows = first + tl.arange(0, BM)
     inside = rows < T
-    d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
-    q = tl.load(
-        q_ptr + rows.to(tl.int64)[:, None] * stride_qt + head * stride_qh + d[None, :],
-        mask=inside[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
+    q_at = rows.to(tl.int64) * stride_qt + head * stride_qh
+    q = gather_parts(q_ptr, q_at, inside, D, BD, BX)
     o, lse = attend_interval(
         q, k_src, v_src, low_ptr, high_ptr, first, last, head // HG, scale_log2,
-        stride_kn, stride_kg, stride_vn, stride_vg, D, DV, BD, BDV, BM, BN, TMA,
+        stride_kn, stride_kg, stride_vn, stride_vg, D, DV, BD, BX, BDV, BM, BN, TMA,
     )  # fmt: skip
     tl.store(lse_ptr + head.to(tl.int64) * T + rows, lse, mask=inside)
     tl.store(
@@ -298,7 +276,7 @@ def interval_forward(
         HG=H // G,
         D=D,
         DV=DV,
-        BD=pow2(D),
+        **part_widths(D),
         BDV=pow2(DV),
         BM=config.BM,
         BN=config.BN,

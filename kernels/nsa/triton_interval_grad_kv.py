@@ -15,9 +15,20 @@ from kernels.nsa.triton_interval import (
     LOG2_E,
     column_of,
     gluon_takes,
-    load_tile,
     tile_range,
     tile_sources,
+)
+from kernels.nsa.triton_parts import (
+    add_product,
+    gather_parts,
+    load_parts,
+    load_rows,
+    load_tile,
+    part_widths,
+    row_products,
+    scale_parts,
+    store_parts,
+    zero_parts,
 )
 
 
@@ -44,6 +55,7 @@ def _dkv_step(
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
     TMA: tl.constexpr,
@@ -51,7 +63,7 @@ def _dkv_step(
 ):
     q_column = column_of(head, stride_qh, D, TMA)
     do_column = column_of(head, stride_dh, DV, TMA)
-    q = load_tile(q_src, m0, q_column, stride_qt, T, D, BD, BM, TMA, MASKED)
+    q = load_parts(q_src, m0, q_column, stride_qt, T, D, BD, BX, BM, TMA, MASKED)
     do = load_tile(do_src, m0, do_column, stride_dt, T, DV, BDV, BM, TMA, MASKED)
     rows = m0 + tl.arange(0, BM)
     at = head.to(tl.int64) * T + rows
@@ -62,7 +74,7 @@ def _dkv_step(
     else:
         lse = tl.load(lse_ptr + at)
         delta = tl.load(delta_ptr + at)
-    st = tl.dot(k, tl.trans(q), input_precision="ieee")
+    st = row_products(k, q)
     pt = tl.exp2(st * scale_log2 - lse[None, :])
     if MASKED:
         visible = (rows[None, :] >= low[:, None]) & (rows[None, :] < high[:, None])
@@ -70,7 +82,7 @@ def _dkv_step(
     dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")
     dpt = tl.dot(v, tl.trans(do), input_precision="ieee")
     dst = pt * (dpt - delta[None, :])
-    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
+    dk = add_product(dst.to(do.dtype), q, dk)
     return dk, dv
 
 
@@ -104,6 +116,7 @@ def interval_grad_kv_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -126,21 +139,13 @@ def interval_grad_kv_kernel(
     if last < first + BN - 1:
         full_low = start
         full_high = start
-    d = tl.arange(0, BD)
-    e = tl.arange(0, BDV)
+    wide_n = n.to(tl.int64)
     wide_group = group.to(tl.int64)
-    k = tl.load(
-        k_ptr + wide_group * stride_kg + n.to(tl.int64)[:, None] * stride_kn + d[None, :],
-        mask=inside[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
-    v = tl.load(
-        v_ptr + wide_group * stride_vg + n.to(tl.int64)[:, None] * stride_vn + e[None, :],
-        mask=inside[:, None] & (e < DV)[None, :],
-        other=0.0,
-    )
+    k_at = wide_n * stride_kn
+    k = gather_parts(k_ptr + wide_group * stride_kg, k_at, inside, D, BD, BX)
+    v = load_rows(v_ptr + wide_group * stride_vg, wide_n * stride_vn, inside, DV, BDV)
     head0 = group * HG + split * SPLIT_HEADS
-    dk = tl.zeros((BN, BD), tl.float32)
+    dk = zero_parts(BN, BD, BX)
     dv = tl.zeros((BN, BDV), tl.float32)
     full = (full_high - full_low) // BM
     for i in range(0, full * SPLIT_HEADS):
@@ -148,7 +153,8 @@ def interval_grad_kv_kernel(
         m0 = full_low + (i % full) * BM
         dk, dv = _dkv_step(
             dk, dv, k, v, q_src, do_src, lse_ptr, delta_ptr, m0, head, low, high, T,
-            scale_log2, stride_qt, stride_qh, stride_dt, stride_dh, D, DV, BD, BDV, BM, TMA, False,
+            scale_log2, stride_qt, stride_qh, stride_dt, stride_dh, D, DV, BD, BX, BDV, BM, TMA,
+            False,
         )  # fmt: skip
     before = (full_low - start) // BM
     rest = before + tl.cdiv(tl.maximum(stop - full_high, 0), BM)
@@ -158,19 +164,12 @@ def interval_grad_kv_kernel(
         m0 = tl.where(j < before, start + j * BM, full_high + (j - before) * BM)
         dk, dv = _dkv_step(
             dk, dv, k, v, q_src, do_src, lse_ptr, delta_ptr, m0, head, low, high, T,
-            scale_log2, stride_qt, stride_qh, stride_dt, stride_dh, D, DV, BD, BDV, BM, TMA, True,
+            scale_log2, stride_qt, stride_qh, stride_dt, stride_dh, D, DV, BD, BX, BDV, BM, TMA,
+            True,
         )  # fmt: skip
     row = (split.to(tl.int64) * NK + n) * G + group
-    tl.store(
-        dk_ptr + row[:, None] * D + d[None, :],
-        (dk * scale).to(dk_ptr.dtype.element_ty),
-        mask=inside[:, None] & (d < D)[None, :],
-    )
-    tl.store(
-        dv_ptr + row[:, None] * DV + e[None, :],
-        dv.to(dv_ptr.dtype.element_ty),
-        mask=inside[:, None] & (e < DV)[None, :],
-    )
+    store_parts(dk_ptr, row * D, scale_parts(dk, scale), inside, D, BD, BX)
+    store_parts(dv_ptr, row * DV, (dv,), inside, DV, BDV, 0)
 
 
 def interval_grad_kv(
@@ -233,7 +232,7 @@ def interval_grad_kv(
         SPLIT_HEADS=H // G // splits,
         D=D,
         DV=DV,
-        BD=pow2(D),
+        **part_widths(D),
         BDV=pow2(DV),
         BM=config.BM,
         BN=config.BN,

@@ -18,9 +18,21 @@ from kernels.nsa.triton_interval import (
     LOG2_E,
     column_of,
     gluon_takes,
-    load_tile,
     tile_range,
     tile_sources,
+)
+from kernels.nsa.triton_parts import (
+    add_parts,
+    add_product,
+    gather_parts,
+    load_parts,
+    load_rows,
+    load_tile,
+    part_widths,
+    row_products,
+    scale_parts,
+    store_parts,
+    zero_parts,
 )
 
 
@@ -45,14 +57,15 @@ def _dq_step(
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BDV: tl.constexpr,
     BN: tl.constexpr,
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    k = load_tile(k_src, n0, k_column, stride_kn, stop, D, BD, BN, TMA, MASKED)
+    k = load_parts(k_src, n0, k_column, stride_kn, stop, D, BD, BX, BN, TMA, MASKED)
     v = load_tile(v_src, n0, v_column, stride_vn, stop, DV, BDV, BN, TMA, MASKED)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = row_products(q, k)
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     p = tl.exp2(s * scale_log2 - lse[:, None])
     ds = p * (dp - delta[:, None])
@@ -60,7 +73,7 @@ def _dq_step(
         n = n0 + tl.arange(0, BN)
         visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
         ds = tl.where(visible, ds, 0.0)
-    return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+    return add_product(ds.to(v.dtype), k, acc)
 
 
 @triton.jit
@@ -87,6 +100,7 @@ def _dq_branch(
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -106,7 +120,7 @@ def _dq_branch(
     for n0 in range(full_low, full_high, BN):
         acc = _dq_step(
             acc, q, do, lse, delta, k_src, v_src, k_column, v_column, n0, low, high, stop,
-            scale_log2, stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, False,
+            scale_log2, stride_kn, stride_vn, D, DV, BD, BX, BDV, BN, TMA, False,
         )  # fmt: skip
     before = (full_low - start) // BN
     after = tl.cdiv(tl.maximum(stop - full_high, 0), BN)
@@ -114,7 +128,7 @@ def _dq_branch(
         n0 = tl.where(i < before, start + i * BN, full_high + (i - before) * BN)
         acc = _dq_step(
             acc, q, do, lse, delta, k_src, v_src, k_column, v_column, n0, low, high, stop,
-            scale_log2, stride_kn, stride_vn, D, DV, BD, BDV, BN, TMA, True,
+            scale_log2, stride_kn, stride_vn, D, DV, BD, BX, BDV, BN, TMA, True,
         )  # fmt: skip
     return acc
 
@@ -133,18 +147,18 @@ def _sum_partials(
     K: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BM: tl.constexpr,
 ):
     """Sum of the partial dq of the rows' selected blocks, in slot order."""
     pair = ((rows - token0) * G + group).to(tl.int64)
     chosen_at = selected_ptr + (rows.to(tl.int64) * G + group) * K
-    d = tl.arange(0, BD)
-    part_at = part_ptr + (pair * (K * HG) + head % HG)[:, None] * D + d[None, :]
-    acc = tl.zeros((BM, BD), tl.float32)
+    part_at = (pair * (K * HG) + head % HG) * D
+    acc = zero_parts(BM, BD, BX)
     for i in tl.range(K, loop_unroll_factor=4):
         some = inside & (tl.load(chosen_at + i, mask=inside, other=-1) >= 0)
-        mask = some[:, None] & (d < D)[None, :]
-        acc += tl.load(part_at + i * (HG * D), mask=mask, other=0.0).to(tl.float32)
+        part = gather_parts(part_ptr + i * (HG * D), part_at, some, D, BD, BX)
+        acc = add_parts(acc, part)
     return acc
 
 
@@ -189,6 +203,7 @@ def interval_grad_q_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -207,38 +222,32 @@ def interval_grad_q_kernel(
     last = tl.minimum(first + BM, token_end) - 1
     rows = first + tl.arange(0, BM)
     inside = rows <= last
-    d = tl.arange(0, BD)
-    dv = tl.arange(0, BDV)
-    q_mask = inside[:, None] & (d < D)[None, :]
-    q_at = rows.to(tl.int64)[:, None] * stride_qt + head * stride_qh + d[None, :]
-    q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0)
-    do = tl.load(
-        do_ptr + rows.to(tl.int64)[:, None] * stride_dt + head * stride_dh + dv[None, :],
-        mask=inside[:, None] & (dv < DV)[None, :],
-        other=0.0,
-    )
+    q_at = rows.to(tl.int64) * stride_qt + head * stride_qh
+    do_at = rows.to(tl.int64) * stride_dt + head * stride_dh
+    q = gather_parts(q_ptr, q_at, inside, D, BD, BX)
+    do = load_rows(do_ptr, do_at, inside, DV, BDV)
     # Before the other branches: while they multiply, the registers are theirs.
     if PARTIALS:
         acc = _sum_partials(
-            part_ptr, selected_ptr, rows, inside, token0, head // HG, head, G, HG, K, D, BD, BM
+            part_ptr, selected_ptr, rows, inside, token0, head // HG, head, G, HG, K, D, BD, BX, BM
         )
     else:
-        acc = tl.zeros((BM, BD), tl.float32)
+        acc = zero_parts(BM, BD, BX)
     if FIRST:
         acc = _dq_branch(
             acc, q, do, k1_src, v1_src, lse_ptr, delta_ptr, low1_ptr, high1_ptr,
             scale_log2, first, last, head, T, stride_k1n, stride_k1g, stride_v1n, stride_v1g,
-            HG, D, DV, BD, BDV, BM, BN, TMA,
+            HG, D, DV, BD, BX, BDV, BM, BN, TMA,
         )  # fmt: skip
     if SECOND:
         skip = tl.num_programs(0).to(tl.int64) * T
         acc = _dq_branch(
             acc, q, do, k2_src, v2_src, lse_ptr + skip, delta_ptr + skip,
             low2_ptr, high2_ptr, scale_log2, first, last, head, T,
-            stride_k2n, stride_k2g, stride_v2n, stride_v2g, HG, D, DV, BD, BDV, BM, BN, TMA,
+            stride_k2n, stride_k2g, stride_v2n, stride_v2g, HG, D, DV, BD, BX, BDV, BM, BN, TMA,
         )  # fmt: skip
-    dq_at = dq_ptr + (rows.to(tl.int64)[:, None] * (G * HG) + head) * D + d[None, :]
-    tl.store(dq_at, (acc * scale).to(dq_ptr.dtype.element_ty), mask=q_mask)
+    dq_at = (rows.to(tl.int64) * (G * HG) + head) * D
+    store_parts(dq_ptr, dq_at, scale_parts(acc, scale), inside, D, BD, BX)
 
 
 def interval_grad_q(
@@ -257,6 +266,7 @@ def interval_grad_q(
     scale: float,
     config: TileConfig,
     *,
+    anything: bool = False,
     branches: tuple[bool, bool] = (True, True),
 ) -> None:
     """Write to dq_THD the gradient of the tokens [begin, end) through the branches.
@@ -271,8 +281,8 @@ def interval_grad_q(
     k2, v2, low2, high2 = window
     G, DV = v1.shape[1:]
     # The shapes at which the Gluon kernel was checked against fp64 on a GPU.
-    checked = D == DV == 128 and H == 16 * G and T % 64 == 0
-    if config.gluon and checked and gluon_takes(q_THD, do_THD, k1, v1, k2, v2):
+    checked = anything or (D == 128 and H == 16 * G and T % 64 == 0)
+    if config.gluon and checked and D == DV and gluon_takes(q_THD, do_THD, k1, v1, k2, v2):
         from kernels.nsa.gluon_interval_grad_q import launch
 
         launch(
@@ -318,7 +328,7 @@ def interval_grad_q(
         K=selected_TGK.shape[2],
         D=D,
         DV=DV,
-        BD=pow2(D),
+        **part_widths(D),
         BDV=pow2(DV),
         BM=config.BM,
         BN=config.BN,

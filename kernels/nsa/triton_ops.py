@@ -62,8 +62,8 @@ def run_forward(
 ) -> list[Tensor]:
     """Return out, the branches' o, lse [2, H, T], lse [T, H], k and v compressed, selected, CSR."""
     layout, spec = _unpack(layout_tensors, layout_counts, sizes)
-    T, H, _ = q.shape
-    configs = kernel_configs()
+    T, H, D = q.shape
+    configs = kernel_configs(D)
     kc = compress(k_cmp, phi_k_weight, phi_k_position, layout, spec)
     vc = compress(v_cmp, phi_v_weight, phi_v_position, layout, spec)
     lse = torch.empty(2, H, T, dtype=torch.float32, device=q.device)
@@ -107,7 +107,7 @@ def _(
     T, H, D = q.shape
     G, DV = v_slc.shape[1:]
     spec = NsaSpec(**dict(zip(SPEC_FIELDS, sizes, strict=True)))
-    chunk = list_tokens(T, H, spec, kernel_configs())
+    chunk = list_tokens(T, H, spec, kernel_configs(D))
     n_blocks, n_slots = layout_counts[:2]
     lists = -(-T // chunk) * G * n_blocks
     f32, i32 = torch.float32, torch.int32
@@ -146,8 +146,8 @@ def run_backward(
 ) -> list[Tensor]:
     """Return gradients of q, the six k and v, the gates, then of the φ that were given."""
     layout, spec = _unpack(layout_tensors, layout_counts, sizes)
-    T, H, _ = q.shape
-    configs = kernel_configs()
+    T, H, D = q.shape
+    configs = kernel_configs(D)
     compressed, slc, window, lse, lse_slc, kc, vc, selected, order, bounds = saved
     chunk = list_tokens(T, H, spec, configs)
     lists = BlockLists(order, bounds, chunk, -(-T // chunk))
@@ -166,6 +166,7 @@ def run_backward(
             dq, q, do, slc_grad.partials, selected, token[0], spec.select,
             (c * chunk, min(T, (c + 1) * chunk)), (kc, vc, token[2], token[3]),
             (k_win, v_win, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
+            anything=configs.grad_q_any,
         )  # fmt: skip
     dk_slc, dv_slc = slc_grad.keys_and_values()
     dk_win, dv_win = interval_grad_kv(
@@ -176,7 +177,9 @@ def run_backward(
         q, kc, vc, do, folded[0], delta[0], layout.slots[2], layout.slots[3], scale,
         configs.grad_kv, splits=H // k_slc.shape[1],
     )  # fmt: skip
-    dk_cmp, *dphi_k = compress_backward(dkc, k_cmp, phi_k_weight, phi_k_position, layout, spec)
+    dk_cmp, *dphi_k = compress_backward(
+        dkc, k_cmp, phi_k_weight, phi_k_position, layout, spec, keys=True
+    )
     dv_cmp, *dphi_v = compress_backward(dvc, v_cmp, phi_v_weight, phi_v_position, layout, spec)
     maps = [g for g in (*dphi_k, *dphi_v) if g is not None]
     return [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates, *maps]

@@ -19,8 +19,34 @@ from torch import Tensor
 
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_config import KernelConfigs, pow2
-from kernels.nsa.triton_interval import LOG2_E, column_of, load_tile, tile_sources
+from kernels.nsa.triton_interval import LOG2_E, column_of, tile_sources
 from kernels.nsa.triton_layout import PackedLayout
+from kernels.nsa.triton_parts import gather_parts, load_parts, part_widths, row_products
+
+
+@triton.jit
+def exp2_halves(x):
+    """2^x of two numbers at a time, rounded to fp16 before and after.
+
+    The exponential unit takes as long for a tile of scores as the tensor cores; this halves it. The
+    rounding, 2^-12 of x, is well below what rounding the keys to 16 bits does to a score.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 pair;
+        .reg .b16 low, high;
+        cvt.rn.f16x2.f32 pair, $3, $2;
+        ex2.approx.f16x2 pair, pair;
+        mov.b32 {low, high}, pair;
+        cvt.f32.f16 $0, low;
+        cvt.f32.f16 $1, high;
+        }""",
+        "=f,=f,f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=2,
+    )
 
 
 @triton.jit
@@ -48,9 +74,11 @@ def importance_kernel(
     OVERLAP: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     TMA: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
     """Fold a tile of probabilities, summed over the group's heads, to selected blocks.
 
@@ -67,23 +95,19 @@ def importance_kernel(
         rows = first + tl.arange(0, BM)
         inside = rows < chunk_end
         n = n0 + tl.arange(0, BN)
-        d = tl.arange(0, BD)
-        k = tl.load(
-            k_ptr
-            + group.to(tl.int64) * stride_kg
-            + n.to(tl.int64)[:, None] * stride_kn
-            + d[None, :],
-            mask=(n < NC)[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
+        k_at = n.to(tl.int64) * stride_kn
+        k = gather_parts(k_ptr + group.to(tl.int64) * stride_kg, k_at, n < NC, D, BD, BX)
         head = group.to(tl.int64) * HG
         acc = tl.zeros((BM, BN), tl.float32)
         for h in range(HG):
             q_column = column_of(group * HG + h, stride_qh, D, TMA)
-            q = load_tile(q_src, first, q_column, stride_qt, chunk_end, D, BD, BM, TMA, True)
+            q = load_parts(q_src, first, q_column, stride_qt, chunk_end, D, BD, BX, BM, TMA, True)
             lse = tl.load(lse_ptr + (head + h) * T + rows, mask=inside, other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            acc += tl.exp2(s * scale_log2 - lse[:, None])
+            s = row_products(q, k)
+            if HALVES:
+                acc += exp2_halves(s * scale_log2 - lse[:, None])
+            else:
+                acc += tl.exp2(s * scale_log2 - lse[:, None])
         low = tl.load(low_ptr + rows, mask=inside, other=0)
         high = tl.load(high_ptr + rows, mask=inside, other=0)
         visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
@@ -227,10 +251,11 @@ def select_blocks(
             RATIO=ratio,
             OVERLAP=overlap,
             D=D,
-            BD=pow2(D),
+            **part_widths(D),
             BM=tile.BM,
             BN=tile.BN,
             TMA=tma,
+            HALVES=configs.score_halves,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -21,16 +21,8 @@ from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_config import KernelConfigs, pow2
 from kernels.nsa.triton_interval import LOG2_E
 from kernels.nsa.triton_layout import PackedLayout
+from kernels.nsa.triton_parts import gather_parts, load_rows, part_widths, row_products
 from kernels.nsa.triton_select import BlockLists, Pieces
-
-
-@triton.jit
-def load_rows(ptr, at, d, ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    if BLOCK == WIDTH:
-        return tl.load(ptr + at[:, None] + d[None, :], mask=ok[:, None], other=0.0)
-    return tl.load(
-        ptr + at[:, None] + d[None, :], mask=ok[:, None] & (d < WIDTH)[None, :], other=0.0
-    )
 
 
 @triton.jit
@@ -77,17 +69,17 @@ def _forward_tile(
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     ok, entry, t, head = entries(order_ptr, i, end, group, G, HG, K, BM)
-    d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
     at = offsets(t, stride_qt, WIDE) + head * stride_qh
-    q = load_rows(q_ptr, at, d, ok, D, BD)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    q = gather_parts(q_ptr, at, ok, D, BD, BX)
+    s = row_products(q, k)
     if MASKED:
         s = tl.where((key[None, :] <= t[:, None]) & own[None, :], s, float("-inf"))
     # Rows beyond the piece may see nothing.
@@ -133,6 +125,7 @@ def selected_forward_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
     WIDE: tl.constexpr,
@@ -148,12 +141,10 @@ def selected_forward_kernel(
         key0 = tl.load(block_ptr + block)
         key_end = tl.load(block_ptr + NB + block)
         key = key0 + tl.arange(0, SELECT)
-        d = tl.arange(0, BD)
-        dv = tl.arange(0, BDV)
         own = key < key_end
         wide = key.to(tl.int64)
-        k = load_rows(k_ptr + wide_group * stride_kg, wide * stride_kt, d, own, D, BD)
-        v = load_rows(v_ptr + wide_group * stride_vg, wide * stride_vt, dv, own, DV, BDV)
+        k = gather_parts(k_ptr + wide_group * stride_kg, wide * stride_kt, own, D, BD, BX)
+        v = load_rows(v_ptr + wide_group * stride_vg, wide * stride_vt, own, DV, BDV)
         # A list is in token order, so the block's own queries, the only ones that do not see all of
         # its keys, come first.
         own_end = begin
@@ -162,12 +153,12 @@ def selected_forward_kernel(
         for i in range(begin, own_end, BM // HG):
             _forward_tile(
                 q_ptr, k, v, part_ptr, part_lse_ptr, order_ptr, i, end, group, key, own, scale_log2,
-                token0, stride_qt, stride_qh, G, HG, K, D, DV, BD, BDV, BM, WIDE, True,
+                token0, stride_qt, stride_qh, G, HG, K, D, DV, BD, BX, BDV, BM, WIDE, True,
             )  # fmt: skip
         for i in range(own_end, end, BM // HG):
             _forward_tile(
                 q_ptr, k, v, part_ptr, part_lse_ptr, order_ptr, i, end, group, key, own, scale_log2,
-                token0, stride_qt, stride_qh, G, HG, K, D, DV, BD, BDV, BM, WIDE, False,
+                token0, stride_qt, stride_qh, G, HG, K, D, DV, BD, BX, BDV, BM, WIDE, False,
             )  # fmt: skip
 
 
@@ -258,7 +249,7 @@ def selected_partials(
     selected_forward_kernel[(pieces.most_per_chunk,)](
         *arguments,
         **sizes,
-        BD=pow2(D),
+        **part_widths(D),
         BDV=pow2(DV),
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -21,8 +21,34 @@ from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_config import KernelConfigs, pow2
 from kernels.nsa.triton_interval import LOG2_E
 from kernels.nsa.triton_layout import PackedLayout
+from kernels.nsa.triton_parts import (
+    add_parts,
+    add_product,
+    gather_parts,
+    load_rows,
+    part_widths,
+    row_products,
+    scale_parts,
+    store_parts,
+    zero_parts,
+)
 from kernels.nsa.triton_select import BlockLists, cut_pieces, first_piece
-from kernels.nsa.triton_selected import entries, gluon_takes, load_rows, offsets
+from kernels.nsa.triton_selected import entries, gluon_takes, offsets
+
+
+@triton.jit
+def _store_partial(part_ptr, row_at, k, dst, ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store columns of a tile's partial dq."""
+    # Transposed, dst would be the register operand of the product: Triton 3.4 to 3.7 were seen to
+    # get that wrong on Hopper. As the right operand it passes shared memory.
+    dqt = tl.dot(tl.trans(k), dst, input_precision="ieee")
+    d = tl.arange(0, BLOCK)
+    tl.store(
+        part_ptr + row_at[:, None] + d[None, :],
+        tl.trans(dqt.to(part_ptr.dtype.element_ty)),
+        mask=ok[:, None] & (d < WIDTH)[None, :],
+        cache_modifier=".cs",
+    )
 
 
 @triton.jit
@@ -54,38 +80,34 @@ def _backward_tile(
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     ok, entry, t, head = entries(order_ptr, i, end, group, G, HG, K, BM)
-    d = tl.arange(0, BD)
-    f = tl.arange(0, BDV)
-    q = load_rows(q_ptr, offsets(t, stride_qt, WIDE) + head * stride_qh, d, ok, D, BD)
-    do = load_rows(do_ptr, offsets(t, stride_dt, WIDE) + head * stride_dh, f, ok, DV, BDV)
+    q_at = offsets(t, stride_qt, WIDE) + head * stride_qh
+    q = gather_parts(q_ptr, q_at, ok, D, BD, BX)
+    do = load_rows(do_ptr, offsets(t, stride_dt, WIDE) + head * stride_dh, ok, DV, BDV)
     at = t * (G * HG) + head
     lse = tl.load(lse_ptr + at, mask=ok, other=0.0)
     delta = tl.load(delta_ptr + at, mask=ok, other=0.0)
-    st = tl.dot(k, tl.trans(q), input_precision="ieee")
+    st = row_products(k, q)
     # Rows beyond the piece have q = do = 0 and add nothing.
     pt = tl.exp2(st * scale_log2 - lse[None, :])
     if MASKED:
         pt = tl.where((key[:, None] <= t[None, :]) & own[:, None], pt, 0.0)
     dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")
     dpt = tl.dot(v, tl.trans(do), input_precision="ieee")
-    dst = (pt * (dpt - delta[None, :])).to(q.dtype)
-    dk = tl.dot(dst, q, dk, input_precision="ieee")
-    # Transposed, dst would be the register operand of the product: Triton 3.4 to 3.7 were seen to
-    # get that wrong on Hopper. As the right operand it passes shared memory.
-    dqt = tl.dot(tl.trans(k), dst, input_precision="ieee")
-    row = (entry - token0 * (G * K)) * HG + head % HG
-    tl.store(
-        part_ptr + offsets(row, D, WIDE)[:, None] + d[None, :],
-        tl.trans(dqt.to(part_ptr.dtype.element_ty)),
-        mask=ok[:, None] & (d < D)[None, :],
-        cache_modifier=".cs",
-    )
+    dst = (pt * (dpt - delta[None, :])).to(do.dtype)
+    dk = add_product(dst, q, dk)
+    row_at = offsets((entry - token0 * (G * K)) * HG + head % HG, D, WIDE)
+    if BX == 0:
+        _store_partial(part_ptr, row_at, k[0], dst, ok, D, BD)
+    else:
+        _store_partial(part_ptr, row_at, k[0], dst, ok, BD, BD)
+        _store_partial(part_ptr + BD, row_at, k[1], dst, ok, D - BD, BX)
     return dk, dv
 
 
@@ -126,6 +148,7 @@ def selected_backward_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
+    BX: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
     WIDE: tl.constexpr,
@@ -148,14 +171,12 @@ def selected_backward_kernel(
         key0 = tl.load(block_ptr + block)
         key_end = tl.load(block_ptr + NB + block)
         key = key0 + tl.arange(0, SELECT)
-        d = tl.arange(0, BD)
-        f = tl.arange(0, BDV)
         own = key < key_end
         wide = key.to(tl.int64)
-        k = load_rows(k_ptr + wide_group * stride_kg, wide * stride_kt, d, own, D, BD)
-        v = load_rows(v_ptr + wide_group * stride_vg, wide * stride_vt, f, own, DV, BDV)
+        k = gather_parts(k_ptr + wide_group * stride_kg, wide * stride_kt, own, D, BD, BX)
+        v = load_rows(v_ptr + wide_group * stride_vg, wide * stride_vt, own, DV, BDV)
         sum_row = wide * G + group
-        dk = tl.zeros((SELECT, BD), tl.float32)
+        dk = zero_parts(SELECT, BD, BX)
         dv = tl.zeros((SELECT, BDV), tl.float32)
         own_end = begin
         if tl.load(order_ptr + begin) // (G * K) < key0 + SELECT:
@@ -164,29 +185,26 @@ def selected_backward_kernel(
             dk, dv = _backward_tile(
                 dk, dv, q_ptr, k, v, do_ptr, lse_ptr, delta_ptr, part_ptr, order_ptr, i, end, group,
                 key, own, scale_log2, token0, stride_qt, stride_qh, stride_dt, stride_dh,
-                G, HG, K, D, DV, BD, BDV, BM, WIDE, True,
+                G, HG, K, D, DV, BD, BX, BDV, BM, WIDE, True,
             )  # fmt: skip
         for i in range(own_end, end, BM // HG):
             dk, dv = _backward_tile(
                 dk, dv, q_ptr, k, v, do_ptr, lse_ptr, delta_ptr, part_ptr, order_ptr, i, end, group,
                 key, own, scale_log2, token0, stride_qt, stride_qh, stride_dt, stride_dh,
-                G, HG, K, D, DV, BD, BDV, BM, WIDE, False,
+                G, HG, K, D, DV, BD, BX, BDV, BM, WIDE, False,
             )  # fmt: skip
-        dk *= scale
+        dk = scale_parts(dk, scale)
         if tag % 2 == 1:
-            dk_at = dk_sum_ptr + sum_row[:, None] * D + d[None, :]
-            dv_at = dv_sum_ptr + sum_row[:, None] * DV + f[None, :]
-            dk_mask = own[:, None] & (d < D)[None, :]
-            dv_mask = own[:, None] & (f < DV)[None, :]
             if RESUME:
-                dk += tl.load(dk_at, mask=dk_mask, other=0.0)
-                dv += tl.load(dv_at, mask=dv_mask, other=0.0)
-            tl.store(dk_at, dk, mask=dk_mask)
-            tl.store(dv_at, dv, mask=dv_mask)
+                dk = add_parts(dk, gather_parts(dk_sum_ptr, sum_row * D, own, D, BD, BX))
+                dv += load_rows(dv_sum_ptr, sum_row * DV, own, DV, BDV)
+            store_parts(dk_sum_ptr, sum_row * D, dk, own, D, BD, BX)
+            store_parts(dv_sum_ptr, sum_row * DV, (dv,), own, DV, BDV, 0)
         else:
             row = number.to(tl.int64) * SELECT + tl.arange(0, SELECT)
-            tl.store(dk_part_ptr + row[:, None] * D + d[None, :], dk, mask=(d < D)[None, :])
-            tl.store(dv_part_ptr + row[:, None] * DV + f[None, :], dv, mask=(f < DV)[None, :])
+            every = row >= 0
+            store_parts(dk_part_ptr, row * D, dk, every, D, BD, BX)
+            store_parts(dv_part_ptr, row * DV, (dv,), every, DV, BDV, 0)
 
 
 @triton.jit(do_not_specialize=("list0", "NB"))
@@ -337,7 +355,7 @@ class SelectedGrad:
         selected_backward_kernel[grid](
             *arguments,
             **sizes,
-            BD=pow2(sizes["D"]),
+            **part_widths(sizes["D"]),
             BDV=pow2(sizes["DV"]),
             num_warps=tile.warps,
             num_stages=tile.stages,

@@ -142,6 +142,24 @@ def test_data_that_is_left_out_is_never_handed_out_wherever_it_is_gone_on_from(
             assert resumed.data_step == k + 1
 
 
+def test_the_samples_of_any_steps_can_be_told(corpus: Path, open_loader: Loaders) -> None:
+    loader = open_loader(corpus)
+    per_epoch = loader.steps_per_epoch
+    steps = [sample_ids(loader.next_step()) for _ in range(per_epoch + 3)]
+    state = loader.state_dict()
+    for begin, end in ((0, 1), (2, 5), (per_epoch - 2, per_epoch + 2), (3, 3)):
+        expected = [i for step in steps[begin:end] for i in step]
+        assert loader.sample_ids(begin, end) == sorted(expected)
+    assert loader.state_dict() == state
+    assert loader.next_step()[0].sample_ids == open_at(open_loader(corpus), state)
+
+
+def open_at(loader: PackedLoader, state: dict[str, Any]) -> list[int]:
+    """The samples of the first micro-batch behind a state."""
+    loader.load_state_dict(state)
+    return loader.next_step()[0].sample_ids
+
+
 def test_the_batch_may_change_in_the_middle_of_an_epoch(corpus: Path, open_loader: Loaders) -> None:
     small, large = open_loader(corpus), open_loader(corpus, accumulation=20)
     taken = [sample_ids(small.next_step()) for _ in range(5)]

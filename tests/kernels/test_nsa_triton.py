@@ -105,7 +105,7 @@ def test_benchmark_counts_the_pairs_that_the_oracle_sees() -> None:
 def test_sweep_varies_fields_of_the_table_and_takes_the_fastest() -> None:
     base = kernel_configs()
     assert set(sweep.VARIANTS) <= set(sweep.STAGE_OF)
-    assert set(sweep.STAGE_OF) | set(sweep.GLUON) <= {field.name for field in fields(base)}
+    assert set(sweep.STAGE_OF) <= {field.name for field in fields(base)}
     plans = {("combine_rows", "8"): replace(base, combine_rows=8)}
     times = {"combine_rows": {"base": [2.0, 2.1, 9.0], "8": [1.0, 1.0, 9.0]}}
     assert sweep.fastest(base, plans, times) == plans["combine_rows", "8"]

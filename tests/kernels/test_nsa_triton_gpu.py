@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from kernels.nsa.bench import CHECKS
+from kernels.nsa.gpu_checks import CHECKS
 from kernels.nsa.triton_api import nsa_attention_triton
 from kernels.nsa.triton_check import Case, compare, random_case
 from kernels.nsa.triton_layout import packed_layout

@@ -3,15 +3,17 @@
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from kernels.modulate import modulate
 from kernels.rows import (
+    PIECE,
     RowIndex,
     gather_rows,
-    modulate,
     row_index,
     segment_sum,
     split_layers,
@@ -41,7 +43,7 @@ def test_one_sort_gives_unique_ids_and_index(tokens):
     unique, inverse = unique_ids(ids)
     ours, index = unique_index(ids)
     assert torch.equal(ours, unique)
-    for a, b in zip(index, row_index(inverse, unique.shape[0]), strict=True):
+    for a, b in zip(index[:3], row_index(inverse, unique.shape[0])[:3], strict=True):
         assert torch.equal(a, b)
 
 
@@ -63,6 +65,28 @@ def test_segment_sum_equals_the_oracle(tokens, rows, width, dtype):
         got = segment_sum(grad, index, dtype=out)
         assert got.dtype == out
         torch.testing.assert_close(got, oracle, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(0, 0), (0, 3), (1, 1), (PIECE, 1), (500, 40)])
+def test_pieces_cover_every_row_in_order(tokens, rows):
+    index = row_index(zipf_ids(tokens, rows) if rows else torch.empty(0, dtype=torch.int64), rows)
+    pieces, longs, slots = index.cut().pieces
+    found: dict[int, list[list[int]]] = {row: [] for row in range(rows)}
+    for row, start, stop, slot in pieces.tolist():
+        assert stop - start <= PIECE
+        found[row].append([start, stop, slot])
+    several = []
+    for row, parts in found.items():
+        assert parts[0][0] == index.starts_U1[row]
+        assert parts[-1][1] == index.starts_U1[row + 1]
+        assert all(a[1] == b[0] for a, b in pairwise(parts))
+        if len(parts) > 1:
+            several.append([row, parts[0][2], len(parts)])
+        else:
+            assert parts[0][2] == -1
+    assert longs.tolist() == several
+    used = [part[2] for parts in found.values() for part in parts if part[2] >= 0]
+    assert used == list(range(slots))
 
 
 def test_segment_sum_without_tokens_is_zero():
@@ -175,7 +199,7 @@ def test_triton_segment_sum_equals_the_oracle_in_the_interpreter():
     code = """
 import torch
 from kernels.rows import row_index, segment_sum
-for tokens, rows, width in ((1, 1, 1), (40, 7, 33), (50, 3, 300), (0, 3, 4)):
+for tokens, rows, width in ((1, 1, 1), (40, 7, 33), (50, 3, 300), (70, 2, 5), (0, 3, 4)):
     inverse = torch.randint(0, rows, (tokens,)) // 2 * 2 % rows
     grad = torch.randn(tokens, width)
     index = row_index(inverse, rows)
@@ -185,17 +209,20 @@ for tokens, rows, width in ((1, 1, 1), (40, 7, 33), (50, 3, 300), (0, 3, 4)):
     torch.testing.assert_close(
         segment_sum(grad.t().contiguous().t(), index, implementation="triton"),
         segment_sum(grad, index, implementation="naive"), rtol=1e-5, atol=1e-5)
-    from kernels.rows_triton import modulate_backward_triton, modulate_triton
+    from kernels.modulate_triton import modulate_backward_triton, modulate_triton
     x, residual = torch.randn(2, tokens, width)
     values = torch.randn(rows, 3 * width)[:, width : 2 * width]
     chosen = values[inverse]
     torch.testing.assert_close(
         modulate_triton(x, values, inverse, residual), residual + x * (1 + chosen))
     torch.testing.assert_close(modulate_triton(x, values, inverse, None), x * (1 + chosen))
-    dx, dvalues = modulate_backward_triton(grad, x, values, index)
-    torch.testing.assert_close(dx, grad * (1 + chosen))
-    torch.testing.assert_close(
-        dvalues, segment_sum(grad * x, index, implementation="naive"), rtol=1e-5, atol=1e-5)
+    expected = segment_sum(grad * x, index, implementation="naive")
+    for over in (False, True):
+        rows_UW = values.contiguous() if over else values
+        dx, dvalues = modulate_backward_triton(grad, x, rows_UW, index, over_values=over)
+        assert (dvalues is rows_UW) == over
+        torch.testing.assert_close(dx, grad * (1 + chosen))
+        torch.testing.assert_close(dvalues, expected, rtol=1e-5, atol=1e-5)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=REPOSITORY)
@@ -215,6 +242,22 @@ def test_triton_segment_sum_equals_the_oracle_on_the_gpu(dtype):
     assert torch.equal(got, segment_sum(grad.to(device), index.to(device), dtype=torch.float32))
 
 
+def test_sink_gets_the_gradient_in_place_of_autograd():
+    (x, values, residual), grad, index = modulate_case()
+    expected = torch.autograd.grad(modulate(x, values, index, residual), (x, values), grad)
+    rows, taken = values.detach().clone().requires_grad_(), []
+
+    def layer(x, residual):
+        return modulate(x, rows, index, residual, taken.append)
+
+    out = torch.utils.checkpoint.checkpoint(layer, x, residual, use_reentrant=False)
+    dx, dresidual = torch.autograd.grad(out, (x, residual), grad)
+    assert torch.equal(dx, expected[0]) and torch.equal(dresidual, grad)
+    assert len(taken) == 1 and torch.equal(taken[0], expected[1])
+    # It took the rows' own memory.
+    assert taken[0].data_ptr() == rows.data_ptr()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -228,3 +271,11 @@ def test_modulate_equals_the_oracle_on_the_gpu_and_repeats_bitwise(dtype):
     for a, again, b in zip(*results, modulate_oracle(*tensors, grad, index), strict=True):
         assert torch.equal(a, again)
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * 5)
+    # Cut on the host, as a table's plan does, and written over the rows: the same bits.
+    x, values, residual = tensors
+    cut = RowIndex(*(t.cpu() for t in index[:3])).cut().to(index.inverse_T.device)
+    rows, taken = values.detach().contiguous().requires_grad_(), []
+    out = modulate(x, rows, cut, residual, taken.append)
+    (dx,) = torch.autograd.grad(out, x, grad)
+    assert torch.equal(dx, results[0][1]) and torch.equal(taken[0], results[0][2])
+    assert taken[0].data_ptr() == rows.data_ptr()

@@ -5,7 +5,7 @@ import torch
 
 from kernels import rows_host
 from kernels.rows_host import RowKernelError, row_kernels
-from kernels.rows_step import KINDS, Fields, Rule, Transport, tick
+from kernels.rows_step import KINDS, Counter, Fields, Rule, Transport, tick
 
 SLOTS, WIDTH, ROWS = 50, 37, 20
 
@@ -17,28 +17,33 @@ def everything(kernels, kind, dtype):
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    # Fields of one layer between those of two others.
-    whole = [normal(SLOTS, 3 * WIDTH), normal(SLOTS, 3 * WIDTH), normal(SLOTS, 3 * WIDTH).square()]
-    columns = slice(WIDTH, 2 * WIDTH)
-    narrow = slice(1, 2)
+    # Two layers of a row, between columns of something else.
+    whole = [normal(SLOTS, 4 * WIDTH), normal(SLOTS, 4 * WIDTH), normal(SLOTS, 4 * WIDTH).square()]
+    columns = slice(WIDTH, 3 * WIDTH)
+    narrow = slice(1, 3)
     second = whole[2][:, columns if kind == "adam" else narrow]
     fields = Fields(whole[0][:, columns], whole[1][:, columns], second)
     if kind == "adagrad_rowwise":
-        fields = fields._replace(first_Sw=fields.weight_Sw)
+        fields = fields._replace(first_SW=fields.weight_SW)
     steps = torch.randint(0, 5, (SLOTS, 1), generator=generator).float()
     slots = torch.randperm(SLOTS, generator=generator)[:ROWS]
-    grad = normal(ROWS, WIDTH).to(dtype)
+    # As they come from other ranks: the layers of a row side by side.
+    grads = list(normal(ROWS, 2, WIDTH).to(dtype).unbind(1))
     places = torch.where(torch.rand(ROWS, generator=generator) > 0.5, torch.arange(ROWS), -1)
     rule = Rule(kind, (0.9, 0.95), 1e-8, 0.1, 0.01, 0.7)
     clock = tick(rule, steps, slots)
-    fresh, gathered = torch.zeros(2, ROWS, WIDTH, dtype=dtype)
+    fresh, gathered = torch.zeros(2, 2, ROWS, WIDTH, dtype=dtype)
+    ready = Counter(0)
     order = torch.randperm(ROWS, generator=generator)
-    kernels.step(rule, slots, fields, clock, grad, order, Transport(fresh, places))
-    kernels.step(rule, slots, fields, clock, grad, None, None)
+    kernels.step(rule, slots, fields, clock, grads, Transport(fresh, places), ready)
+    assert ready.value == 2
+    kernels.step(rule, slots, fields, clock, [grad.flip(0).contiguous() for grad in grads], None)
     total, squares = normal(SLOTS, WIDTH), torch.zeros(SLOTS)
-    kernels.add(total, slots, torch.arange(ROWS) % 2 == 0, grad, squares)
-    kernels.gather(fields.weight_Sw, slots, gathered, order)
-    kernels.gather(fields.weight_Sw, slots[:3], fresh[:3])
+    kernels.add(total, slots, torch.arange(ROWS) % 2 == 0, grads[0], squares)
+    ready.value = 0
+    kernels.gather(fields.weight_SW, slots, gathered, order, ready)
+    assert ready.value == 2
+    kernels.gather(fields.weight_SW, slots[:3], fresh[:, :3].contiguous())
     return [*whole, steps, fresh, gathered, total, squares]
 
 
@@ -76,8 +81,9 @@ def test_bf16_is_rounded_as_torch_rounds():
     numbers = torch.cat(
         [torch.randn(4096), torch.tensor([float("nan"), float("inf"), -0.0, 1.00390625, 3.4e38])]
     )
-    out = torch.zeros(1, numbers.shape[0], dtype=torch.bfloat16)
-    row_kernels("compiled", 1).gather(numbers[None], torch.zeros(1, dtype=torch.int64), out)
+    out_LPw = torch.zeros(1, 1, numbers.shape[0], dtype=torch.bfloat16)
+    row_kernels("compiled", 1).gather(numbers[None], torch.zeros(1, dtype=torch.int64), out_LPw)
+    out = out_LPw[0]
     assert torch.equal(out[0].isnan(), numbers.isnan())
     assert torch.equal(out[0][:-5], numbers.bfloat16()[:-5])
     assert torch.equal(out[0][-4:], numbers.bfloat16()[-4:])
@@ -86,9 +92,9 @@ def test_bf16_is_rounded_as_torch_rounds():
 def test_memory_the_kernels_cannot_take_is_refused():
     kernels, slots = row_kernels("compiled", 1), torch.arange(2)
     with pytest.raises(ValueError, match="adjacent columns"):
-        kernels.gather(torch.zeros(4, 6)[:, ::2], slots, torch.zeros(2, 3))
+        kernels.gather(torch.zeros(4, 6)[:, ::2], slots, torch.zeros(1, 2, 3))
     with pytest.raises(ValueError, match="float16"):
-        kernels.gather(torch.zeros(4, 6), slots, torch.zeros(2, 6, dtype=torch.float16))
+        kernels.gather(torch.zeros(4, 6), slots, torch.zeros(1, 2, 6, dtype=torch.float16))
     with pytest.raises(ValueError, match="none of compiled, torch"):
         row_kernels("cuda", 1)
 

@@ -53,6 +53,24 @@ def held_by(folder: RunFolder, **changes: object) -> RunLock:
     return other
 
 
+def test_the_end_of_a_run_is_on_the_disk_when_it_is_told(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, int]] = []
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        original(descriptor)
+        place = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.append((place, os.fstat(descriptor).st_size if os.path.isfile(place) else -1))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder.mark_done(7)
+    (file, size), (place, _) = synced
+    assert Path(file).parent == folder.root and size == folder.done.stat().st_size > 0
+    assert place == str(folder.root) and folder.done.exists()
+
+
 def test_a_negative_timeout_is_refused_by_key() -> None:
     with pytest.raises(RunError, match=r"launch\.step_timeout is -1"):
         LaunchConfig(step_timeout=-1)

@@ -124,6 +124,20 @@ def test_going_on_removes_later_and_torn_lines(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_validation_is_known_to_the_run_that_goes_on_until_its_step_is_undone(
+    tmp_path: Path,
+) -> None:
+    with Metrics(tmp_path) as metrics:
+        assert not metrics.validated(0)
+        for step in (1, 2):
+            metrics.step(record(step))
+            metrics.validation(step, Validation(4.0, 2.0, 7))
+            assert metrics.validated(step)
+    with Metrics(tmp_path, resume_step=1) as metrics:
+        assert metrics.validated(1) and not metrics.validated(2)
+    assert not Metrics(tmp_path, rank=1).validated(1)
+
+
 def test_starting_anew_leaves_nothing_of_the_run_before(tmp_path: Path) -> None:
     for _ in range(2):
         with Metrics(tmp_path) as metrics:

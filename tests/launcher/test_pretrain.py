@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 import torch
 
 from data.loader import PackedLoader
+from launcher.checkpoint_verbs import main as checkpoint_verb
 from launcher.config import load
+from tests.launcher.test_metrics import events, scalar
 from tests.launcher.tiny import (
     REPOSITORY,
     assert_same_run,
@@ -66,6 +69,63 @@ def test_table_numbers_are_those_of_all_ranks(reference: Path) -> None:
     assert json.loads((reference / "heartbeat").read_text())["step"] == 12
 
 
+def test_a_run_shows_its_text_its_time_and_who_was_waited_for(reference: Path) -> None:
+    found, reader = rows(reference), events(reference)
+    samples = {e.step: e.tensor_proto.string_val[0] for e in reader.Tensors("samples/text_summary")}
+    assert list(samples) == [6, 12] and all(samples.values())
+    parts = ("data", "tables", "forward", "backward", "optimizer")
+    for row in found:
+        step_seconds = row["tokens"] / row["step"] / row["tokens_per_s"]
+        assert all(row["seconds"][part] > 0 for part in parts)
+        # The parts are much of the step, and no more than it.
+        assert 0.3 < sum(row["seconds"][part] for part in parts) / step_seconds <= 1
+        shares = ("speed/slowest_share", "speed/data_stall_share")
+        # Those of the step before, of which the first has none.
+        assert all(
+            (0 <= row["extra"][s] <= 1) if row["step"] > 1 else "extra" not in row for s in shares
+        )
+    for tag in (*(f"time/{part}" for part in (*parts, "checkpoint")), "train/loss", "train/lr"):
+        assert list(scalar(reader, tag)) == list(range(1, 13)), tag
+    for tag in ("speed/slowest_share", "speed/slowest_rank", "speed/data_stall_share"):
+        assert list(scalar(reader, tag)) == list(range(2, 13)), tag
+    assert list(scalar(reader, "validation/loss")) == [5, 10, 12]
+    assert scalar(reader, "moe/experts_per_token").keys() == {3, 6, 9, 12}
+
+
+def test_a_checkpoint_holds_training_up_for_its_copy_only(reference: Path) -> None:
+    held_up = {row["step"]: row["seconds"]["checkpoint"] for row in rows(reference)}
+    # Told with the step behind it; the one of the last step has none.
+    assert [step for step, seconds in held_up.items() if seconds] == [5, 9]
+    assert max(held_up.values()) < 5
+    written = [row["seconds"]["checkpoint_write"] for row in rows(reference)]
+    assert sum(map(bool, written)) >= 1
+    (line,) = re.findall(r"checkpoint of step 12: .*", (reference / "logs/train.log").read_text())
+    assert re.fullmatch(r".*waited \d+\.\d{3} s for the copy, writing took \d+\.\d{3} s", line)
+
+
+def test_checkpoints_are_listed_the_unfinished_and_the_damaged_too(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference / "checkpoints", run / "checkpoints")
+    (run / "checkpoints" / "step-00000008" / "COMMITTED").unlink()
+    (run / "checkpoints" / "step-00000012").rename(run / "checkpoints" / "damaged-step-00000012")
+    assert checkpoint_verb(["list", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    size = sum(p.stat().st_size for p in (run / "checkpoints" / "step-00000004").iterdir()) / 2**20
+    expected = (("4", "committed"), ("8", "unfinished, ignored"), ("12", "damaged, set aside"))
+    for line, (step, state) in zip(lines, expected, strict=True):
+        assert line.split()[:2] == ["step", step] and f" MiB  {state} " in line, line
+        assert str(run / "checkpoints") in line
+    assert f" {size:.1f} MiB" in lines[0]
+    empty = tmp_path / "empty"
+    (empty / "checkpoints").mkdir(parents=True)
+    assert checkpoint_verb(["list", str(empty)]) == 0
+    assert "no checkpoint yet" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is no run folder"):
+        checkpoint_verb(["list", str(tmp_path)])
+
+
 def test_a_shard_that_changes_stops_the_run_with_a_checkpoint_and_mended_it_goes_on(
     reference: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -93,18 +153,22 @@ def test_a_shard_that_changes_stops_the_run_with_a_checkpoint_and_mended_it_goes
     assert_same_run(run, reference)
 
 
-def test_every_checkpoint_is_evaluated_once_beside_the_run(reference: Path) -> None:
-    results = reference / "evaluation" / "evaluation.jsonl"
+def test_every_checkpoint_is_evaluated_once_beside_the_run_also_of_a_copy(
+    reference: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(reference, tmp_path / "copy"))
+    results = copy / "evaluation" / "evaluation.jsonl"
     for _ in range(2):
-        code, output = finish(tiny_onn("eval", reference, "--follow"))
+        code, output = finish(tiny_onn("eval", copy, "--follow"))
         assert code == 0, output
         assert "every committed checkpoint is evaluated" in output
         found = [json.loads(line) for line in results.read_text().splitlines()]
         assert [r["step"] for r in found] == [4, 8, 12]
     last = json.loads((reference / "validation.jsonl").read_text().splitlines()[-1])
     assert (found[-1]["loss"], found[-1]["labels"]) == (last["loss"], last["labels"])
-    assert list((reference / "evaluation" / "tensorboard").glob("events.out.tfevents.*"))
-    assert not (reference / "evaluation" / "held").exists()
+    assert list((copy / "evaluation" / "tensorboard").glob("events.out.tfevents.*"))
+    assert not (copy / "evaluation" / "held").exists()
+    assert not (reference / "evaluation").exists()
 
 
 def mount(options: str, folder: Path) -> None:
@@ -248,6 +312,8 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert code == 1 and shard.name in output
     code, output = finish(tiny_onn("pretrain", path))
     assert code == 0 and shard.name in output and "step 8" in output, output
+    # What is left of it counts nowhere, and is not lost.
+    assert (run / "checkpoints" / "damaged-step-00000012" / shard.name).exists()
     assert_same_run(run, reference)
 
 

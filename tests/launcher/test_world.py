@@ -18,6 +18,7 @@ from torch import Tensor
 from launcher.checkpoint_diff import difference
 from launcher.checkpoint_verbs import main as checkpoint_verb
 from launcher.export import export
+from launcher.plan_verb import main as plan
 from parallel.checkpoint import Checkpoint, CheckpointError
 from parallel.checkpoint_read import TableReader
 from parallel.mesh import Mesh
@@ -194,6 +195,24 @@ def test_exported_model_gives_the_runs_logits_bit_for_bit(
     torch.testing.assert_close(close, result["logits"], rtol=0.1, atol=0.05)
 
 
+def test_input_embedding_in_the_rows_is_planned_and_exported_bit_for_bit(
+    two_ranks: Ranks, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tiny_config(tmp_path, corpus), tmp_path / "exported"
+    rows_too = ["--model.tie_embeddings", "false", "--model.embedding_partition", "rows"]
+    assert plan([str(path), "--gpus-per-node", "2", *rows_too]) in (0, None)
+    assert "in the table" in capsys.readouterr().out
+    steps = [*SHORT, "--train.steps", "2"]
+    result = two_ranks.run(trained, path, [*steps, *rows_too], timeout=400)[0]
+    assert checkpoint_verb(["export", str(tmp_path / "runs" / "tiny"), str(out)]) == 0
+    weight = load_file(out / "deepembed.safetensors")["weight"]
+    exported = load_exported(out)
+    assert weight.shape == (512, exported.cfg.row_width)
+    assert weight[:, : exported.cfg.width].std() > 0.01
+    assert torch.equal(exported.logits(tokens(), LENGTHS), result["logits"])
+    assert len(list(exported.generate([1, 5], 4))) == 4
+
+
 def test_damaged_checkpoint_or_export_is_refused_by_file(
     whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -232,7 +251,10 @@ def test_diff_names_what_differs_and_by_how_much(
     shutil.copytree(run, other)
     folder = last(other)
     change(folder / "rank-00001.dense.safetensors", "fp32/norm.weight", 0.25)
-    change(folder / "rank-00000.table-deepembed.safetensors", "000000/weight", 0.5)
+    table = folder / "rank-00000.table-deepembed.safetensors"
+    touched = load_file(table)["000000/ids"].shape[0]
+    assert 0 < touched < 256
+    change(table, "000000/weight", 0.5)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["meta"]["config"]["model"]["norm_eps"] = 0.5
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -242,7 +264,9 @@ def test_diff_names_what_differs_and_by_how_much(
     assert len(lines) == 3
     assert lines[0] == "config model.norm_eps: 1e-05 and 0.5"
     assert lines[1].startswith("weight norm.weight: max abs difference 0.25 (largest value ")
-    assert lines[2].startswith("table deepembed weight: 256 of 512 rows differ, at most by 0.5 ")
+    assert lines[2].startswith(
+        f"table deepembed weight: {touched} of 512 rows differ, at most by 0.5 "
+    )
     assert checkpoint_verb(["diff", str(run), str(other)]) == 1
 
 

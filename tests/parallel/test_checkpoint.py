@@ -427,7 +427,7 @@ def test_newer_format_is_refused_with_both_versions(tmp_path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     entry = checkpoint.write_json(path / "manifest.json", manifest | {"format": 99})
     (path / "COMMITTED").write_text(entry["sha256"])
-    with pytest.raises(CheckpointError, match="format 99; this version reads 1 and 2"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads 1, 2, 3"):
         Checkpoint(path)
 
 
@@ -449,3 +449,103 @@ def test_files_follow_the_umask_and_nothing_is_pickled(tmp_path: Path) -> None:
 def test_impossible_policies_are_refused_by_name(cfg: dict[str, int], key: str) -> None:
     with pytest.raises(ValueError, match=key):
         CheckpointConfig(**cfg).validate()
+
+
+def test_damaged_newest_ones_are_set_aside_and_cost_no_new_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = saved_alone(tmp_path, 10, 20, keep_last=1, keep_every=10)
+    truncate(tmp_path / "step-00000020" / "rank-00000.dense.safetensors")
+    found = store.newest()
+    assert found is not None and found.step == 10
+    # Whoever only reads changes nothing.
+    assert steps_of(tmp_path) == [10, 20]
+    store.set_aside_newer(found)
+    assert steps_of(tmp_path) == [10]
+    assert (tmp_path / "damaged-step-00000020" / "COMMITTED").exists()
+    assert "step-00000020 is set aside as damaged-step-00000020" in caplog.text
+    for step in (13, 16):
+        save(store, step)
+        assert steps_of(tmp_path) == [10, step]
+    # The same step again.
+    save(store, 20)
+    truncate(tmp_path / "step-00000020" / "rank-00000.dense.safetensors")
+    again = store.newest()
+    assert again is not None
+    store.set_aside_newer(again)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "step-00000010",
+        "damaged-step-00000020",
+        "damaged-step-00000020.2",
+    }
+
+
+def test_a_later_checkpoint_is_not_counted_when_old_ones_are_deleted(tmp_path: Path) -> None:
+    store = saved_alone(tmp_path, 100, keep_last=1)
+    for step in (60, 70):
+        save(store, step)
+        assert steps_of(tmp_path) == [step, 100]
+
+
+def _save_slowly_on_one_rank(mesh: Mesh, root: Path, background: bool) -> int:
+    """Save where rank 1 takes two seconds longer; returns the signs of life that came meanwhile."""
+    store = CheckpointStore(root, mesh, CheckpointConfig(background=background))
+    count = 20 if mesh.rank == 1 else 1
+    specs = {str(i): TensorSpec(torch.float32, (2,)) for i in range(count)}
+    signs: list[float] = []
+
+    def slowly() -> Iterator[Tensor]:
+        for _ in range(count):
+            time.sleep(0.1)
+            yield torch.ones(2)
+
+    def progress() -> None:
+        signs.append(time.monotonic())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parallel.checkpoint.LOOK_SECONDS", 0.2)
+        patch.setattr("parallel.checkpoint_writer.MEET_SECONDS", 0.2)
+        patch.setattr("parallel.checkpoint_writer.PROGRESS_SECONDS", 0.2)
+        store.start(1, {"dense": TensorSource(specs, slowly)}, {}, {}, progress=progress)
+        store.wait(progress)
+    return len(signs)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_ranks_show_that_they_live_as_long_as_any_of_them_writes(
+    two_ranks: Ranks, tmp_path: Path, background: bool
+) -> None:
+    signs = two_ranks.run(_save_slowly_on_one_rank, tmp_path, background)
+    # Rank 0 has finished its own part after 0.1 s.
+    assert min(signs) >= 3
+    assert steps_of(tmp_path) == [1]
+
+
+def test_every_file_and_folder_is_on_the_disk_before_the_marker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        original(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        # With what the folder has at this moment, the file's whole size.
+        inside = sorted(p.name for p in path.iterdir()) if path.is_dir() else path.stat().st_size
+        synced.append(f"{path.relative_to(tmp_path)} {inside}")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    root = tmp_path / "checkpoints"
+    save(CheckpointStore(root, ALONE), 1, table=tensors(2))
+    folder = "checkpoints/step-00000001"
+    sizes = {p.name: p.stat().st_size for p in (root / "step-00000001").iterdir()}
+    assert len(sizes) == 5
+    marker = synced.index(f"{folder}/COMMITTED {sizes['COMMITTED']}")
+    files = sorted(name for name in sizes if name != "COMMITTED")
+    durable = synced[:marker]
+    for name in files:
+        assert f"{folder}/{name} {sizes[name]}" in durable
+    # The names, too: those of the files, that of the folder, and behind the marker its own.
+    assert f"{folder} {files}" in durable
+    assert "checkpoints ['step-00000001']" in durable
+    assert f"{folder} {sorted(sizes)}" in synced[marker + 1 :]

@@ -13,8 +13,7 @@ from parallel.checkpoint import CheckpointStore
 from parallel.engine import OffloadConfig
 from parallel.mesh import Mesh
 from parallel.table_layout import TableConfig
-from tests.parallel.table_runs import Run, make_table
-from tests.parallel.table_runs import train as train_table
+from tests.parallel.table_runs import Run, save_beside_steps
 from tests.parallel.tiny import TinyModel, build_engine, config, train
 from tests.ranks import Ranks
 
@@ -80,29 +79,7 @@ def test_what_is_written_beside_steps_is_the_state_of_its_own(
 
 def _tables(mesh: Mesh, root: Path) -> None:
     for tier in ("device", "host"):
-        run = Run(TableConfig(tier=tier))  # type: ignore[arg-type]
-        table = make_table(mesh, run)
-        store = CheckpointStore(root / tier, mesh)
-        buffers = store.host_buffers(0)
-        assert buffers is not None
-        for step in range(3):
-            train_table(mesh, run, table, step, step + 1)
-        expected = {name: value.cpu().clone() for name, value in table.local_state().items()}
-        source = table.snapshot(buffers, chunk_bytes=700)
-        buffers.wait()
-        store.start(3, {"table-t": source}, {}, {})
-        train_table(mesh, run, table, 3, 6)
-        store.wait()
-        found = store.newest()
-        assert found is not None
-        parts: dict[str, list[torch.Tensor]] = {}
-        for piece in found.pieces("table-t", [0]):
-            for name, value in piece.items():
-                parts.setdefault(name, []).append(value)
-        for name, value in expected.items():
-            assert torch.equal(torch.cat(parts[name]), value), (tier, name)
-        table.close()
-        store.close()
+        save_beside_steps(mesh, root / tier, Run(TableConfig(tier=tier)))  # type: ignore[arg-type]
 
 
 def test_table_on_either_side_is_written_as_of_its_step(gpu_rank: Ranks, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -68,8 +69,12 @@ def reference() -> tuple[dict[str, Tensor], list[float]]:
 def _train_variants(mesh: Mesh, offload: OffloadConfig | None = None) -> dict[str, Any]:
     variants = {
         "fp32": (config(), 1),
-        "persistent": (config(zero=ZeroConfig()), 1),
-        "buckets": (config(zero=ZeroConfig(reduce_bucket_size=300, sub_group_size=500)), 1),
+        "persistent": (config(zero=ZeroConfig(resident_gib=0)), 1),
+        "resident": (config(zero=ZeroConfig(sub_group_size=500), accumulation=3), 3),
+        "buckets": (
+            config(zero=ZeroConfig(reduce_bucket_size=300, sub_group_size=500, resident_gib=0)),
+            1,
+        ),
         "accumulation": (config(accumulation=3), 3),
         "cpu optimizer": (config(offload=OffloadConfig(optimizer="cpu"), accumulation=2), 2),
         "cpu both": (config(offload=OffloadConfig(optimizer="cpu", params="cpu")), 1),
@@ -111,8 +116,10 @@ def test_initial_weights_do_not_depend_on_the_world_size(one_rank: Ranks, two_ra
 
 def _train_bf16(mesh: Mesh) -> dict[str, Any]:
     found = {}
-    for reduce_dtype in ("fp32", "bf16"):
-        zero = ZeroConfig(param_persistence_threshold=0, reduce_dtype=reduce_dtype)
+    for reduce_dtype, resident in itertools.product(("fp32", "bf16"), (0, 8)):
+        zero = ZeroConfig(
+            param_persistence_threshold=0, reduce_dtype=reduce_dtype, resident_gib=resident
+        )
         engine = build_engine(TinyModel, config(precision="bf16", zero=zero, accumulation=2), mesh)
         module: Any = engine.module
         types = module.gate.weight.dtype, module.seen.dtype, module.third.dtype
@@ -128,7 +135,14 @@ def _train_bf16(mesh: Mesh) -> dict[str, Any]:
         train(engine, 0, STEPS, 2)
         middle = loss()
         results = train(engine, STEPS, 3 * STEPS, 2)
-        found[reduce_dtype] = (types, before, middle, loss(), results[-1], weights(engine))
+        found[reduce_dtype, resident] = (
+            types,
+            before,
+            middle,
+            loss(),
+            results[-1],
+            weights(engine),
+        )
     return found
 
 
@@ -190,7 +204,8 @@ SKIP_CASES: dict[str, dict[str, Any]] = {
         "offload": OffloadConfig(optimizer="cpu", params="cpu"),
         "precision": "bf16",
     },
-    "persistent, accumulation": {"zero": ZeroConfig(), "accumulation": 2},
+    "persistent, accumulation": {"zero": ZeroConfig(resident_gib=0), "accumulation": 2},
+    "resident, accumulation": {"zero": ZeroConfig(), "accumulation": 2, "precision": "bf16"},
 }
 
 
@@ -337,10 +352,12 @@ class Unused(TinyModel):
         self.spare = nn.Linear(4, 4)
 
 
-def _train_unused(mesh: Mesh) -> None:
-    train(build_engine(Unused, config(), mesh), 0, 1)
+def _train_unused(mesh: Mesh, resident_gib: float) -> None:
+    cfg = config(zero=ZeroConfig(resident_gib=resident_gib))
+    train(build_engine(Unused, cfg, mesh), 0, 1)
 
 
-def test_parameter_without_a_gradient_is_named(two_ranks: Ranks) -> None:
+@pytest.mark.parametrize("resident_gib", [0.0, 8.0])
+def test_parameter_without_a_gradient_is_named(two_ranks: Ranks, resident_gib: float) -> None:
     with pytest.raises(RankError, match=r"no gradient for spare.bias, spare.weight"):
-        two_ranks.run(_train_unused)
+        two_ranks.run(_train_unused, resident_gib)

@@ -13,7 +13,14 @@ from parallel.host_buffers import HostBuffers
 from parallel.table_layout import TableConfig, TableError
 from parallel.table_snapshot import TableSnapshot
 from parallel.tables import RowTable
-from tests.parallel.table_runs import SINGLE, Run, make_table, train
+from tests.parallel.table_runs import (
+    SINGLE,
+    Run,
+    gathered,
+    make_table,
+    save_beside_steps,
+    train,
+)
 
 LAST = 12
 
@@ -28,20 +35,6 @@ def configurations(folder: Path) -> list[TableConfig]:
 
 def state_of(table: RowTable) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in table.local_state().items()}
-
-
-def gathered(pieces: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Put the chunks of a snapshot together again; rows that were left out are zero."""
-    fields: dict[str, list[Tensor]] = {}
-    for name in sorted(pieces):
-        fields.setdefault(name.partition("/")[2], []).append(pieces[name])
-    joined = {name: torch.cat(parts) for name, parts in fields.items()}
-    ids, untouched = joined.pop("ids"), joined.pop("untouched")
-    assert sorted([*ids.tolist(), *untouched.tolist()]) == list(range(rows))
-    out = {name: torch.zeros(rows, value.shape[1]) for name, value in joined.items()}
-    for name, value in joined.items():
-        out[name][ids] = value
-    return {"ids": torch.arange(rows), **out}
 
 
 def test_rows_that_change_while_they_are_read_are_saved_as_they_were(tmp_path: Path) -> None:
@@ -74,6 +67,12 @@ def test_rows_that_change_while_they_are_read_are_saved_as_they_were(tmp_path: P
         for name, value in state_of(straight).items():
             assert torch.equal(after[name], value), name
         straight.close()
+
+
+@pytest.mark.parametrize("tier", ["host", "nvme"])
+def test_checkpoint_written_beside_steps_is_the_state_of_its_own(tier: str, tmp_path: Path) -> None:
+    cfg = TableConfig(tier=tier, nvme_path=str(tmp_path), cache_rows=9, direct=False)  # type: ignore[arg-type]
+    save_beside_steps(SINGLE, tmp_path / "checkpoints", Run(cfg))
 
 
 def test_an_update_under_way_belongs_to_the_snapshot_behind_it() -> None:

@@ -1,16 +1,19 @@
 """Row tables equal a dense table, at any number of ranks, and repeat bit for bit."""
 
+import gc
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
-from kernels.rows import gather_rows, modulate
+from kernels.modulate import modulate
+from kernels.rows import gather_rows
 from parallel.mesh import Mesh
 from parallel.table_batch import Parts
 from parallel.table_exchange import Exchange
-from parallel.table_layout import TableConfig
+from parallel.table_layout import TableConfig, TableError
 from parallel.tables import RowTable
 from tests.parallel.table_runs import (
     SINGLE,
@@ -240,6 +243,7 @@ def test_drawn_weights_are_alike_at_every_world_size():
         # Only what the ranks decide together is left out.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Exchange, "gather_objects", lambda _, value: [value])
+            patch.setattr(torch.distributed, "new_group", lambda **_: None)
             table.__init__("t", 1100, 6, mesh, TableConfig(), groups=3)
         table.draw_part(1, 0.5, 7)
         return {name: value.clone() for name, value in table.local_state().items()}
@@ -309,6 +313,64 @@ def test_activation_checkpointing_fetches_nothing_twice():
     plain = table.fetch(ids)
     forward(plain.whole(), plain.lookup).backward()
     assert torch.equal(rows.gradient.wait(0), plain.gradient.wait(0))
+
+
+def test_memory_of_a_batch_is_free_behind_its_step_without_garbage_collection():
+    table = make_table(SINGLE, Run(groups=3))
+    gone = []
+    gc.collect()
+    gc.disable()
+    try:
+        for step in range(3):
+            ids = batch_ids(Run(), step, 0, SINGLE)
+            rows = table.fetch(ids)
+            table.prefetch(batch_ids(Run(), step + 1, 0, SINGLE))
+            sinks = [rows.parts.sink(k) for k in (0, 1)]
+            parts = list(rows.parts)
+            x = torch.ones(len(ids), 4, requires_grad=True)
+            for part, sink in zip(parts, [*sinks, None], strict=True):
+                x = modulate(x, part, rows.lookup, None, sink)
+            x.sum().backward()
+            table.accumulate(rows)
+            table.step(0.1)
+            table.flush()
+            gone += [weakref.ref(o) for o in (rows.parts, rows.gradient, rows.parts._staged)]
+            del rows, parts, part, x, sinks, sink
+        assert [ref() for ref in gone] == [None] * 9
+    finally:
+        gc.enable()
+    table.close()
+
+
+def test_second_gradient_of_a_layer_is_refused():
+    table = make_table(SINGLE, Run(groups=3))
+    rows = table.fetch(torch.tensor([1, 2]))
+    sink = rows.parts.sink(1)
+    x = torch.ones(2, 4, requires_grad=True)
+    for _ in range(2):
+        x = modulate(x, rows.parts[1], rows.lookup, None, sink)
+    with pytest.raises(TableError, match="second gradient of part 1"):
+        x.sum().backward()
+    table.close()
+
+
+def test_gradients_handed_over_at_once_are_those_of_autograd():
+    results = []
+    for direct in (False, True):
+        table, run = make_table(SINGLE, Run(groups=3)), Run(groups=3)
+        for step in range(4):
+            for batch in range(2):
+                rows = table.fetch(ids := batch_ids(run, step, batch, SINGLE))
+                x = torch.ones(len(ids), 4, requires_grad=True)
+                for k in range(3):
+                    sink = rows.parts.sink(k) if direct and k else None
+                    x = modulate(x, rows.parts[k], rows.lookup, x, sink)
+                x.square().mean().backward()
+                table.accumulate(rows)
+            table.step(run.lr, 1.0 / (1.0 + float(table.grad_sq_norm())))
+        results.append({name: value.clone() for name, value in table.local_state().items()})
+        table.close()
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
 
 
 def test_fp32_transport_ignores_the_compute_type():

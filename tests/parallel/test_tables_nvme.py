@@ -139,6 +139,24 @@ def test_full_disk_while_writing_stops_the_run_with_file_and_row(tmp_path, monke
     table.close()
 
 
+def test_short_write_stops_the_run_with_file_and_row(tmp_path, monkeypatch):
+    table, file = evicting_table(tmp_path)
+    written = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda f, pieces, at: written(f, pieces, at) - SECTOR)
+    with pytest.raises(TableError, match=rf"{file}: wrote \d+ of the \d+ bytes of local row \d+"):
+        table.fetch(torch.tensor([60, 61, 62, 63])).whole()
+    table.close()
+
+
+def test_disk_without_the_blocks_is_refused_before_training(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(TableError, match=r"t-rank0\.rows: no room for .* bytes: No space left"):
+        make_table(SINGLE, Run(on_disk(tmp_path)))
+
+
 def test_table_larger_than_the_disk_is_refused_with_the_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(table_nvme.shutil, "disk_usage", lambda _: type("U", (), {"free": 5000}))
     with pytest.raises(TableError, match=f"need {97 * SECTOR:,} bytes.*disk.*5,000 bytes"):

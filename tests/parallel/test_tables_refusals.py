@@ -1,5 +1,6 @@
 """Row tables refuse what cannot be right, name it, and stop after a failure."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,14 @@ def test_ids_outside_the_table_are_refused_with_their_position(ids, text):
     table = make_table(SINGLE, Run())
     with pytest.raises(TableError, match=f"table 't'.*{text}"):
         table.fetch(torch.tensor(ids, dtype=torch.int64))
+
+
+def test_refused_id_is_told_with_the_tokenizer_it_comes_from():
+    source = "corpus/mine/tokenizer.model (98 ids)"
+    table = RowTable("t", 97, 12, SINGLE, TableConfig(), ids_from=source)
+    text = rf"id 97 at position 1 of rank 0's batch .*0\.\.96.*from {re.escape(source)}"
+    with pytest.raises(TableError, match=text):
+        table.prefetch(torch.tensor([3, 97]))
 
 
 def fetch_bad_id_on_rank_1(mesh, run):
@@ -102,7 +111,7 @@ def test_failure_on_the_tier_thread_stops_every_later_call():
     rows = table.fetch(torch.tensor([1, 2]))
     rows.whole().sum().backward()
     table.accumulate(rows)
-    table._tier = SimpleNamespace(**vars(table._tier), slots=None)
+    table._work.tier = SimpleNamespace(**vars(table._tier), slots=None)
     table.step(0.1)
     for call in (lambda: table.fetch(torch.tensor([1])), table.flush, table.local_state):
         with pytest.raises(TypeError):

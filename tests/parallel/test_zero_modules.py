@@ -17,7 +17,9 @@ from tests.ranks import Ranks
 Saved = Literal["parameter", "view"]
 
 # Weights are released as soon as a module is done with them.
-EAGER = ZeroConfig(param_persistence_threshold=0, max_reuse_distance=0, max_live_parameters=1)
+EAGER = ZeroConfig(
+    param_persistence_threshold=0, max_reuse_distance=0, max_live_parameters=1, resident_gib=0
+)
 
 
 class SavesParameter(torch.autograd.Function):

@@ -16,6 +16,7 @@ from parallel.engine import (
     EngineError,
     OffloadConfig,
     OptimizerConfig,
+    ZeroConfig,
 )
 from parallel.mesh import Mesh
 from parallel.zero_state import KINDS, buffers_of, cut, full_tensors, partition_range
@@ -89,6 +90,7 @@ def continue_exactly(mesh: Mesh, cfg: EngineConfig, width: int = 33, vocabulary:
 def _continue_all(mesh: Mesh, precision: str) -> None:
     for offload in OFFLOADS:
         continue_exactly(mesh, config(precision=precision, offload=offload, accumulation=2))
+    continue_exactly(mesh, config(precision=precision, zero=ZeroConfig(), accumulation=2))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -127,6 +129,10 @@ def _move_between_offloads(mesh: Mesh) -> None:
         engine.load_local_state(*saved)
         assert_same(engine.local_state(), saved, offload)
         assert torch.equal(logits_loss(engine), loss)
+    resident = build_engine(TinyModel, config(precision="bf16", zero=ZeroConfig()), mesh)
+    resident.load_local_state(*saved)
+    assert_same(resident.local_state(), saved, "resident")
+    assert torch.equal(logits_loss(resident), loss)
 
 
 def test_state_moves_between_offload_modes_bitwise(two_ranks: Ranks) -> None:

@@ -126,7 +126,7 @@ def config(**changes: Any) -> EngineConfig:
         "optimizer": OptimizerConfig(lr=LR, clip=0.5),
         "schedule": ScheduleConfig(warmup=3),
         # Everything is partitioned, however small.
-        "zero": ZeroConfig(param_persistence_threshold=0),
+        "zero": ZeroConfig(param_persistence_threshold=0, resident_gib=0),
     }
     return EngineConfig(**(base | changes))
 

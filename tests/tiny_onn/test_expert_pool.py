@@ -135,12 +135,12 @@ class Model(nn.Module):
         return total * scale, total.detach()
 
 
-def _engine(mesh: Mesh) -> Engine:
+def _engine(mesh: Mesh, resident_gib: float) -> Engine:
     cfg = EngineConfig(
         precision="fp32",
         optimizer=OptimizerConfig(lr=0.01, clip=1.0),
         schedule=ScheduleConfig(warmup=1),
-        zero=ZeroConfig(param_persistence_threshold=20),
+        zero=ZeroConfig(param_persistence_threshold=20, resident_gib=resident_gib),
     )
     return Engine(Model, cfg, mesh, 20)
 
@@ -161,15 +161,15 @@ def _train(engine: Engine, mesh: Mesh, first: int, last: int) -> list[float]:
     return losses
 
 
-def _whole_run(mesh: Mesh, stop: int) -> dict[str, Any]:
+def _whole_run(mesh: Mesh, stop: int, resident_gib: float) -> dict[str, Any]:
     """Train through two looks at the pool; also go on from a copy of the state at `stop`."""
-    engine = _engine(mesh)
+    engine = _engine(mesh, resident_gib)
     losses = _train(engine, mesh, 0, WINDOW)
     tensors, meta = engine.local_state()
     losses += _train(engine, mesh, WINDOW, stop)
     saved = engine.local_state()
     losses += _train(engine, mesh, stop, 3 * WINDOW)
-    resumed = _engine(mesh)
+    resumed = _engine(mesh, resident_gib)
     resumed.load_local_state(*saved)
     again = _train(resumed, mesh, stop, 3 * WINDOW)
     return {
@@ -188,9 +188,11 @@ def two_ranks() -> Iterator[Ranks]:
         yield ranks
 
 
-@pytest.mark.parametrize("stop", [2 * WINDOW - 1, 2 * WINDOW + 1])
-def test_ranks_and_a_resumed_run_agree_on_the_pool(two_ranks: Ranks, stop: int) -> None:
-    first, second = two_ranks.run(_whole_run, stop, timeout=400.0)
+@pytest.mark.parametrize(("stop", "resident_gib"), [(2 * WINDOW - 1, 0), (2 * WINDOW + 1, 8)])
+def test_ranks_and_a_resumed_run_agree_on_the_pool(
+    two_ranks: Ranks, stop: int, resident_gib: float
+) -> None:
+    first, second = two_ranks.run(_whole_run, stop, resident_gib, timeout=400.0)
     for a, b in ((first["buffers"], second["buffers"]), (first["buffers"], first["resumed"])):
         for name, value in a.items():
             assert torch.equal(value, b[name]), name
@@ -213,7 +215,7 @@ def test_ranks_and_a_resumed_run_agree_on_the_pool(two_ranks: Ranks, stop: int) 
 
 
 def _bad_rewrites(mesh: Mesh) -> list[str]:
-    engine, found = _engine(mesh), []
+    engine, found = _engine(mesh, 8), []
     for changes in ({"nobody": [(0, torch.zeros(1))]}, {"layers.0.theta_E": [(8, torch.zeros(1))]}):
         try:
             engine.rewrite(changes)

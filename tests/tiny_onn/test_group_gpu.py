@@ -24,12 +24,12 @@ from tiny_onn.deepembed import DeepEmbedConfig
 from tiny_onn.dynmoe import DynMoeConfig, update_controllers
 from tiny_onn.modular import ModelConfig, TinyOnn
 
-V, STEPS, LENGTHS = 8192, 10, (1777, 33, 1, 2000, 285)
-LONG, TIMED = 65_536, 3
+V, STEPS, LENGTHS = 8192, 8, (1777, 33, 1, 2000, 285)
+LONG, TIMED = 65_536, 2
 MODEL = ModelConfig(
     vocab_size=V,
     width=2048,
-    layers=8,
+    layers=4,
     activation_checkpointing="recompute",
     attention=AttentionConfig(heads=16, groups=4, head_dim=128),
     ffn=DynMoeConfig(kind="dense", dense_hidden=4096),
@@ -84,10 +84,13 @@ def train(mesh: Mesh, group: int) -> dict[str, Any]:
     )  # fmt: skip
     share = Share(Engine(lambda: TinyOnn(MODEL, exchange), cfg, mesh, 1000), mesh)
     out: dict[str, Any] = {"losses": [], "norms": []}
+    say(mesh, f"group {group}: built")
     for step in range(STEPS):
         loss, norm = share.step(sequences(step, 2, sum(LENGTHS)), LENGTHS)
         out["losses"].append(float(loss))
         out["norms"].append(norm)
+        if step == 0:
+            say(mesh, f"group {group}: kernels compiled, first step done")
     say(mesh, f"group {group}: losses {[round(x, 4) for x in out['losses']]}")
     long = sequences(0, 2, LONG)
     torch.cuda.reset_peak_memory_stats()
@@ -106,7 +109,7 @@ def train(mesh: Mesh, group: int) -> dict[str, Any]:
 
 def say(mesh: Mesh, text: str) -> None:
     if mesh.rank == 0:
-        print(text, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 @pytest.mark.gpu

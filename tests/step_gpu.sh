@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Host time of the training step on a machine of two GPUs: settings beside each other, each part with
+# a limit, lines as they come, figures and traces in the folder given.
+#   bash tests/step_gpu.sh OUT [PART ...]     parts: see below
+set -u
+cd "$(dirname "$0")/.."
+out=$1
+shift
+mkdir -p "$out"
+python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1
+small="launcher/configs/125m.yaml --skip 3 --steps 6 --train.global_batch"
+large="launcher/configs/1b.yaml --skip 2 --steps 4 --model.activation_checkpointing none"
+
+step() { # LIMIT GPUS NAME arguments of bench step
+    local limit=$1 gpus=$2 name=$3
+    shift 3
+    echo "== $name (at $SECONDS s)"
+    CUDA_VISIBLE_DEVICES=$gpus timeout "$limit" "$python" -m launcher bench step "$@" \
+        --json "$out/$name.json" 2>"$out/$name.err" | tee "$out/$name.log" | cut -c1-260
+    [ "${PIPESTATUS[0]}" = 0 ] || { echo "$name: rc ${PIPESTATUS[0]} after $SECONDS s"; tail -5 "$out/$name.err"; }
+}
+
+[ $# -gt 0 ] || set -- dense two sparse pair
+for part in "$@"; do
+    case $part in
+    dense) # 125m on one GPU beside 1 B parameters on the other
+        # shellcheck disable=SC2086
+        step 100 0 dense125m $small 8 --train.micro_batch 4 --variants 'all dense' \
+            --settings gathered resident compiled 'gathered, compiled' --trace "$out/trace" &
+        # shellcheck disable=SC2086
+        step 100 1 dense1b $large --train.global_batch 4 --train.micro_batch 2 \
+            --variants 'all dense' --settings resident compiled --trace "$out/trace1b" &
+        wait ;;
+    two) # the same on both
+        # shellcheck disable=SC2086
+        step 60 0,1 dense125m-2 $small 16 --train.micro_batch 4 --variants 'all dense' \
+            --settings gathered resident compiled --gpus 2 ;;
+    sparse) # NSA's kernels compile in the first
+        # shellcheck disable=SC2086
+        step 130 0 sparse125m $small 8 --train.micro_batch 4 --variants sparse \
+            --settings resident gathered compiled --trace "$out/trace" &
+        # shellcheck disable=SC2086
+        step 130 1 others125m $small 8 --train.micro_batch 4 --settings resident \
+            --variants 'full attention' 'no surprise' 'no deepembed' &
+        wait ;;
+    pair)
+        # shellcheck disable=SC2086
+        step 60 0,1 sparse125m-2 $small 16 --train.micro_batch 4 --variants sparse \
+            --settings gathered resident --gpus 2 ;;
+    sparse1b) # 8 experts, or the states of 5.6 B weights would not fit on one GPU
+        # shellcheck disable=SC2086
+        step 150 0 sparse1b $large --train.global_batch 2 --train.micro_batch 1 \
+            --model.ffn.experts 8 --variants 'no deepembed' --settings resident compiled \
+            --trace "$out/trace1b" &
+        # shellcheck disable=SC2086
+        step 150 1 long1b $large --train.global_batch 1 --train.micro_batch 1 \
+            --data.seq_len 65536 --model.activation_checkpointing recompute \
+            --model.ffn.experts 8 --variants 'no deepembed' --settings resident &
+        wait ;;
+    group) # one sequence on both, against one of its own each
+        # shellcheck disable=SC2086
+        step 90 0,1 long1b-group $large --train.global_batch 1 --train.micro_batch 1 \
+            --data.seq_len 65536 --mesh.group 2 --model.activation_checkpointing recompute \
+            --model.ffn.experts 8 --variants 'no deepembed' --settings resident --gpus 2 ;;
+    long)
+        # shellcheck disable=SC2086
+        step 90 0,1 long1b-128k $large --train.global_batch 1 --train.micro_batch 1 \
+            --data.seq_len 131072 --mesh.group 2 --model.activation_checkpointing recompute \
+            --model.ffn.experts 8 --variants 'no deepembed' --settings resident --gpus 2 ;;
+    test) timeout 100 "$python" -m pytest -x -s -m gpu tests/tiny_onn/test_group_gpu.py 2>&1 | tail -30 ;;
+    *) echo "no part $part" ; exit 2 ;;
+    esac
+done
+echo "done after $SECONDS s"
