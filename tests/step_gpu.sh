@@ -46,8 +46,8 @@ for part in "$@"; do
         wait ;;
     pair)
         # shellcheck disable=SC2086
-        step 60 0,1 sparse125m-2 $small 16 --train.micro_batch 4 --variants sparse \
-            --settings gathered resident --gpus 2 ;;
+        step 90 0,1 sparse125m-2 $small 16 --train.micro_batch 4 --gpus 2 \
+            --variants 'no deepembed' sparse --settings resident gathered --trace "$out/trace2" ;;
     sparse1b) # 8 experts, or the states of 5.6 B weights would not fit on one GPU
         # shellcheck disable=SC2086
         step 150 0 sparse1b $large --train.global_batch 2 --train.micro_batch 1 \
