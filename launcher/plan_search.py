@@ -69,6 +69,8 @@ def _single_changes(job: Job) -> Iterator[Change]:
         yield "model.activation_checkpointing", kind
     if cfg.train.micro_batch > 1:
         yield "train.micro_batch", 1
+    if job.resident and job.world > 1:
+        yield "engine.zero.resident_gib", 0.0
     for degree in working_degrees(job.shape.groups, job.world):
         if degree > job.group and not (degree % job.per_node and job.per_node % degree):
             yield "mesh.group", degree

@@ -202,6 +202,16 @@ def test_what_does_not_fit_is_named_with_changes_that_make_it_fit(tiny: RunConfi
         assert not problems(changed(small, changes)) and cost >= 1
     assert not problems(Job(cfg, 8, 8))
     assert problems(job(tiny)) == []
+    # A GPU without room for whole weights: partitioned ones are the remedy.
+    eager = {"engine__zero__max_live_parameters": 1, "engine__zero__reduce_bucket_size": 1}
+    whole, parted = (
+        sum(gpu_memory(job(tiny, per_node=4, engine__zero__resident_gib=gib, **eager)).values())
+        for gib in (8.0, 0.0)
+    )
+    assert parted < whole
+    room = (whole + parted) / 2 / GIB / (1 - Machine().reserve)
+    tight = replace(job(tiny, per_node=4, **eager), machine=Machine(gpu_gib=room))
+    assert (("engine.zero.resident_gib", 0.0),) in [changes for changes, _ in remedies(tight, 9)]
 
 
 def test_measured_runs_stand_beside_the_plan_and_correct_it(tiny: RunConfig) -> None:
