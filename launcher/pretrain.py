@@ -8,6 +8,7 @@ resume by themselves. Running the same command again goes on where the run stand
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _command(argv: Sequence[str]) -> str:
-    return f"bash slurm/pretrain.sh {' '.join(argv)}"
+    return f"bash slurm/pretrain.sh {shlex.join(argv)}"
 
 
 def resolved(cfg: RunConfig) -> RunConfig:

@@ -20,6 +20,24 @@ committed_step() {
   echo "$newest"
 }
 
+# Before there is a run folder, and while the environment is being installed: from now on a time
+# limit that comes puts the job, script $1 and its arguments, in the queue again. RUN/logs has its notes.
+guard_start() {
+  SCRIPT=$1 ARGUMENTS=("${@:2}") ARRAY_IS_ONE_RUN=1
+  export TINY_ONN_TRY=job$SLURM_JOB_ID-try${SLURM_RESTART_COUNT:-0}
+  mkdir -p "$RUN/logs"
+  trap limit_before_ranks USR1
+}
+
+limit_before_ranks() {
+  local allowed=${TINY_ONN_CRASHES:-3}
+  # No checkpoint counts here; what the next try finds installed is its progress.
+  if ((${SLURM_RESTART_COUNT:-0} >= allowed)); then
+    die "the time limit came before the ranks were started, after $allowed tries, and gave up: ask for more --time"
+  fi
+  queue_again "the time limit came before the ranks were started"
+}
+
 # Put this job in the queue again because of $1, in its own name where the cluster allows it; $2 are
 # nodes that it must not get again.
 queue_again() {

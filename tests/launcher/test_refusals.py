@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,19 @@ def test_a_store_that_is_away_at_the_start_may_be_tried_again_and_a_wrong_addres
     with pytest.raises(error, match=f"cannot fetch {address}/index"):
         pretrain.main([str(path), *words])
     assert folder.refused.exists() == refused
+
+
+def test_the_command_that_goes_on_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrain, "prepare_corpus", lambda *_: None)
+    monkeypatch.setattr(pretrain, "resolved", lambda cfg: cfg)
+    monkeypatch.setattr(pretrain, "launch", lambda *_: 0)
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    path = tiny_config(folder, tmp_path / "corpus")
+    words = [str(path), "--train.sample_prompt", "a b", "--engine.optimizer.betas", "[0.8, 0.9]"]
+    assert pretrain.main(words) == 0
+    said = capsys.readouterr().out
+    command = said.partition("the same command goes on: ")[2].strip()
+    assert shlex.split(command) == ["bash", "slurm/pretrain.sh", *words]
