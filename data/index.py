@@ -20,6 +20,10 @@ class DataError(ValueError):
     """A corpus cannot be used; the message names the file, what was found and the remedy."""
 
 
+class StoreAwayError(DataError):
+    """An object store was away for longer than `data.patience`; another moment may do."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One shard file: its name in the split's folder, size in bytes, SHA-256, samples in it."""

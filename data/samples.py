@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from data.host import environment_rank, gather, local_world, ranks_on_host, together
 from data.index import INDEX, check_hash, rebuild_hint
 from data.leftovers import Claim, claim, start_lock, tidy_at_exit
-from data.patient import PatientDownloader
+from data.patient import PatientDownloader, downloader
 from data.stored import StoredCorpus, fetch
 from data.streaming_shim import ShardState, StreamingDataset, generate_work
 
@@ -43,9 +44,10 @@ class Samples(StreamingDataset):
         self._here: set[int] = set()
         self._remedy = remedy
         self._checked: dict[int, tuple[int, int, int]] = {}
-        for stream in self.streams:
-            patient = PatientDownloader(stream._downloader, patience)
-            stream._downloader = patient  # type: ignore[assignment]
+        self._asked: dict[int, float] = {}
+        (stream,) = self.streams
+        self._patient: PatientDownloader = downloader(stream.remote, patience)
+        stream._downloader = self._patient  # type: ignore[assignment]
 
     def on_exception(self, future: Future[None]) -> None:
         """Note why a downloading thread failed and stop the others."""
@@ -63,8 +65,15 @@ class Samples(StreamingDataset):
         """
         if shard_id in self._here and not blocking:
             return
+        since = self._asked.get(shard_id, time.monotonic())
+        if blocking:
+            # Whoever was waited for may have failed: asked again, it has the same deadline.
+            self._asked[shard_id] = since
         try:
-            super().prepare_shard(shard_id, blocking)
+            with self._patient.waiting_since(since):
+                super().prepare_shard(shard_id, blocking)
+            if self._shard_states[shard_id] == ShardState.LOCAL:
+                self._asked.pop(shard_id, None)
             if self._shard_states[shard_id] == ShardState.LOCAL:
                 # Here, because a background thread comes by well before the first sample is read.
                 self._check(shard_id)

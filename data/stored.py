@@ -13,6 +13,7 @@ from data.index import (
     TOKENIZER,
     DataError,
     Index,
+    StoreAwayError,
     check_files,
     check_hash,
     check_hashes,
@@ -137,9 +138,10 @@ def fetch(
         patience: seconds for which the store may fail or be away.
 
     Raises:
+        StoreAwayError: the store failed or was away for all that time.
         DataError: it cannot be fetched, or is not what was expected.
     """
-    from data.patient import downloader
+    from data.patient import TransientError, downloader
 
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".fetch-") as folder:
@@ -150,7 +152,8 @@ def fetch(
             source.clean_up()
         except Exception as e:
             endpoint = os.environ.get("S3_ENDPOINT_URL")
-            raise DataError(
+            kind = StoreAwayError if isinstance(e, TransientError) else DataError
+            raise kind(
                 f"cannot fetch {address}: {e} (endpoint: {endpoint or 'the default'}; see that the "
                 f"address is right and that credentials are set, AWS_ACCESS_KEY_ID and so on)"
             ) from e

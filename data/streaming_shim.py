@@ -87,8 +87,7 @@ with _stand_ins():
     from streaming.base.batching import generate_work
     from streaming.base.dataset import _ShardState as ShardState
     from streaming.base.format.mds.encodings import _encodings
-    from streaming.base.storage.download import CloudDownloader
-    from streaming.base.util import retry
+    from streaming.base.storage.download import CloudDownloader, S3Downloader
 
 # Ranks that share samples make it warn, at every start, of its own count of samples. The position
 # that a run goes on from is the loader's (data/loader.py), which counts each sample once.
@@ -103,9 +102,9 @@ _encodings.pop("pkl", None)
 __all__ = [
     "CloudDownloader",
     "MDSWriter",
+    "S3Downloader",
     "ShardState",
     "StreamingDataLoader",
     "StreamingDataset",
     "generate_work",
-    "retry",
 ]

@@ -77,7 +77,7 @@ struct Step {
   float *weight, *first, *second;
   int64_t weight_stride, first_stride, second_stride;
   const void* grad;
-  int64_t grad_bf16;
+  int64_t grad_bf16, grad_stride;
   float clip, beta1, beta2, eps, decay, lr;
   const float *step_size, *root_correction;
   void* out;
@@ -101,7 +101,7 @@ template <bool BF16>
 void step_row(const Step& s, int64_t i) {
   const int64_t w = s.w, slot = s.slots[i];
   const Gradient gradient{s.grad, BF16};
-  const int64_t from = i * w;
+  const int64_t from = i * s.grad_stride;
   float* weight = s.weight + slot * s.weight_stride;
   float* second = s.second + slot * s.second_stride;
   const float clip = s.clip, decay = s.decay;
@@ -164,12 +164,13 @@ void rows_gather(const float* source, int64_t stride, const int64_t* slots, int6
 
 // total[places[i]] += grad[i], or = where fresh[i]; squares[places[i]] = sum of squares of the row.
 void rows_add(float* total, const int64_t* places, const uint8_t* fresh, int64_t n, int64_t w,
-              const void* grad, int64_t grad_bf16, float* squares, int64_t threads) {
+              const void* grad, int64_t grad_bf16, int64_t grad_stride, float* squares,
+              int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < n; ++i) {
     float* row = total + places[i] * w;
     const Gradient gradient{grad, grad_bf16 != 0};
-    const int64_t from = i * w;
+    const int64_t from = i * grad_stride;
     if (fresh[i]) {
 #pragma omp simd
       for (int64_t c = 0; c < w; ++c) row[c] = gradient.at(from + c);

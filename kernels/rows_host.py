@@ -107,7 +107,8 @@ class CompiledRows:
             places_N.shape[0],
             total_Pw.shape[1],
             _pointer(grad_Nw),
-            _is_bf16(grad_Nw),
+            _is_bf16(grad_Nw, rows_apart=True),
+            grad_Nw.stride(0),
             _pointer(squares_P),
             self.threads,
         )
@@ -129,8 +130,8 @@ class CompiledRows:
                 f"{slots_N.shape[0]} rows to step with gradients of shapes "
                 f"{[tuple(g.shape) for g in grads_LPw]}"
             )
-        if len({_is_bf16(grad) for grad in grads_LPw}) != 1:
-            raise ValueError("a step's gradients are all float32 or all bfloat16")
+        if len({(_is_bf16(g, rows_apart=True), g.stride(0)) for g in grads_LPw}) != 1:
+            raise ValueError("a step's gradients have one type and rows equally far apart")
         weight_SW, first_SW, second = fields
         step = _Step(
             KINDS.index(rule.kind),
@@ -144,7 +145,8 @@ class CompiledRows:
             first_SW.stride(0),
             second.stride(0),
             None,
-            _is_bf16(grads_LPw[0]),
+            _is_bf16(grads_LPw[0], rows_apart=True),
+            grads_LPw[0].stride(0),
             rule.clip,
             *rule.betas,
             rule.eps,
@@ -190,6 +192,7 @@ class _Step(ctypes.Structure):
         *((f"{name}_stride", ctypes.c_int64) for name in ("weight", "first", "second")),
         ("grad", ctypes.c_void_p),
         ("grad_bf16", ctypes.c_int64),
+        ("grad_stride", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("clip", "beta1", "beta2", "eps", "decay", "lr")),
         *((name, ctypes.c_void_p) for name in ("step_size", "root_correction", "out")),
         ("out_bf16", ctypes.c_int64),
@@ -216,8 +219,9 @@ def _address(counter: Counter | None) -> int | None:
     return None if counter is None else ctypes.addressof(counter)
 
 
-def _is_bf16(tensor: Tensor) -> int:
-    if tensor.dtype not in (torch.float32, torch.bfloat16) or not tensor.is_contiguous():
+def _is_bf16(tensor: Tensor, *, rows_apart: bool = False) -> int:
+    whole = rows_apart or tensor.is_contiguous()
+    if tensor.dtype not in (torch.float32, torch.bfloat16) or not whole:
         raise ValueError(
             f"rows travel as contiguous float32 or bfloat16, not as {tensor.dtype} with strides "
             f"{tensor.stride()}"
@@ -238,7 +242,8 @@ def _library() -> ctypes.CDLL:
         *(pointer, number, number, pointer, pointer, number),
     ]
     library.rows_add.argtypes = [
-        *(pointer, pointer, pointer, number, number, pointer, number, pointer, number)
+        *(pointer, pointer, pointer, number, number),
+        *(pointer, number, number, pointer, number),
     ]
     library.rows_step.argtypes = [pointer, number]
     library.rows_checksum.argtypes = [pointer, number, pointer, number, pointer, pointer, number]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.redact import redact
+from launcher.redact import guard_output, redact
 
 VERBS = {
     "pretrain": ("launcher.pretrain", "train a model, or go on with a run that was interrupted"),
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the process's exit code (0 done, 1 failed, 2 used wrongly)."""
     # `kernels` is also the name of a third-party package: the checkout's must win over it.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    guard_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from launcher.bench_tables_report import report
 from launcher.bench_tables_subject import (
@@ -172,13 +173,22 @@ def _save_beside(subject: Subject, a: argparse.Namespace) -> dict[str, float]:
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(write_tensors, path, source)
         turns = [subject.turn(a.steps)["seconds"]]
-        while not writing.done():
+        while not _everywhere(writing.done(), table.mesh):
             turns.append(subject.turn(a.steps)["seconds"])
         entry = writing.result()
     seconds = time.perf_counter() - start
     source.close()
     path.unlink()
     return {"bytes": entry["size"], "seconds": seconds, "step_ms": 1e3 * statistics.median(turns)}
+
+
+def _everywhere(done: bool, mesh: Mesh) -> bool:
+    """Whether all ranks are done: none may take a turn that another does not."""
+    if mesh.world == 1:
+        return done
+    flag = torch.tensor(int(done))
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
 
 
 def _trace(subject: Subject, path: Path) -> None:

@@ -163,11 +163,45 @@ def _check_known(found: Sequence[str], where: str) -> None:
     known = list(keys())
     for key in found:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-            nearest = next(iter(leaf or near), None)
-            hint = f"; did you mean '{nearest}'?" if nearest else ""
-            raise ConfigError(f"{where}: unknown key '{key}'{hint}")
+            if found_near := leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5):
+                hint = f"did you mean '{found_near[0]}'?"
+            else:
+                far = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                hint = (
+                    f"none is like it, the nearest is '{far}'; `tiny-onn pretrain --help` has all"
+                )
+            raise ConfigError(f"{where}: unknown key '{key}'; {hint}")
+
+
+def _check_sections(found: Sequence[tuple[str, Any]], where: str) -> None:
+    """Refuse anything but keys where a section stands.
+
+    The parser would take a text there for the name of a class, and import its module to look.
+    """
+    sections = dict(_sections())
+    for key, value in found:
+        if key not in sections or (value is None and sections[key]):
+            continue
+        inner = next(k for k in keys() if k.startswith(f"{key}."))
+        raise ConfigError(
+            f"{where}: {key} is {_shown(value)}: expected keys, such as {inner.split('.')[-1]}, or "
+            f"leave {key} out for what they are by default"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _sections(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Yield the dotted key of every section, and whether it may be null."""
+    for f in dataclasses.fields(cls):
+        nested = _dataclass_of(cls, f.name)
+        if nested is not None:
+            hint = typing.get_type_hints(cls)[f.name]
+            yield f"{prefix}{f.name}", type(None) in typing.get_args(hint)
+            yield from _sections(nested, f"{prefix}{f.name}.")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -211,6 +245,14 @@ def _overrides(arguments: Sequence[str]) -> list[str]:
             if not rest:
                 raise ConfigError(f"command line: --{key} needs a value")
             value = rest.pop(0)
+        if key in dict(_sections()):
+            try:
+                inner = yaml.safe_load(value)
+            except yaml.YAMLError:
+                inner = value
+            pairs = list(flatten(inner, f"{key}.") if isinstance(inner, dict) else [(key, inner)])
+            _check_known([k for k, _ in pairs], "command line")
+            _check_sections(pairs, "command line")
         out.append(f"--{key}={value}")
     return out
 
@@ -223,6 +265,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     tree = read_yaml(path)
     _check_known([key for key, _ in flatten(tree)], str(path))
+    _check_sections(list(flatten(tree)), str(path))
     arguments = _overrides(overrides)
     given = [word[2:].partition("=")[::2] for word in arguments]
     key = secret_in([*flatten(tree), *given])

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -28,6 +27,8 @@ from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
+
+from launcher.redact import SECRET_NAME
 
 RANK_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
@@ -69,7 +70,7 @@ class LaunchConfig:
             if key != "environment" and value < 0:
                 raise RunError(f"launch.{key} is {value}: expected 0 or more")
         for name in self.environment:
-            if re.search("SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIAL", name.upper()):
+            if SECRET_NAME.search(name):
                 raise RunError(
                     f"launch.environment has {name}: secrets are not kept with a run; export it in "
                     "the shell that starts the run (sbatch hands the environment on)"

@@ -8,13 +8,16 @@ resume by themselves. Running the same command again goes on where the run stand
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.build import build as build_corpus
+from data.index import StoreAwayError
 from data.loader import open_corpus
+from data.patient import CONNECT_TIMEOUT, TIMEOUT
 from data.stored import is_remote
 from launcher import config
 from launcher.components import accumulation
@@ -56,6 +59,9 @@ def main(argv: Sequence[str]) -> int:
         prepare_corpus(cfg, node)
         cfg = resolved(cfg)
         agree_with_saved(cfg, folder)
+    except StoreAwayError:
+        # The next try may find it back; how many there are is the job's budget.
+        raise
     except ValueError as e:
         # A job must not be queued again for what trying again cannot mend.
         folder.refuse(str(e))
@@ -75,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _command(argv: Sequence[str]) -> str:
-    return f"bash slurm/pretrain.sh {' '.join(argv)}"
+    return f"bash slurm/pretrain.sh {shlex.join(argv)}"
 
 
 def resolved(cfg: RunConfig) -> RunConfig:
@@ -89,11 +95,13 @@ def resolved(cfg: RunConfig) -> RunConfig:
             f"{size} ids; leave model.vocab_size at 0 to take the tokenizer's"
         )
     cfg.model.vocab_size = size
-    if is_remote(cfg.data.path) and 0 < cfg.launch.step_timeout <= cfg.data.patience:
+    # The last attempt may begin just before patience ends.
+    wait = cfg.data.patience + CONNECT_TIMEOUT + TIMEOUT
+    if is_remote(cfg.data.path) and 0 < cfg.launch.step_timeout <= wait:
         raise ConfigError(
             f"data.patience is {cfg.data.patience:g} s and launch.step_timeout "
             f"{cfg.launch.step_timeout:g} s: while the store is away the run would be taken for "
-            "hung; make the second larger"
+            f"hung; make the second larger than {wait:g} s"
         )
     return cfg
 

@@ -41,6 +41,10 @@ class PortTakenError(RunError):
     """The rendezvous' port is in use: another one, or another moment, may do."""
 
 
+class UnresolvedError(RunError):
+    """The name of a node does not resolve now: another moment may do."""
+
+
 @dataclass(frozen=True)
 class Rendezvous:
     """How the nodes of a job find each other.
@@ -99,7 +103,8 @@ class Rendezvous:
         machines is a loopback address that no peer can reach.
 
         Raises:
-            RunError: the others' address does not resolve, or resolves to this machine's loopback.
+            UnresolvedError: the others' address does not resolve.
+            RunError: it resolves to this machine's loopback.
         """
         if self.nodes == 1:
             return "lo"
@@ -109,7 +114,7 @@ class Rendezvous:
                 others[0], self.port, type=socket.SOCK_DGRAM
             )[0]
         except socket.gaierror as e:
-            raise RunError(
+            raise UnresolvedError(
                 f"node {self.node} cannot resolve node name {others[0]}: {e.strerror}"
             ) from None
         with socket.socket(family, kind) as s:
@@ -306,7 +311,8 @@ def launch(arguments: Sequence[str], folder: RunFolder, cfg: LaunchConfig) -> in
                 ranks.append(_start(arguments, environment, folder, inherited))
             hangs = HangWatch(ranks, board, folder, place.node, place.nodes)
             return _watch(ranks, signals, lock, place, hangs)
-    except PortTakenError:
+    except (PortTakenError, UnresolvedError):
+        # The next try may do better; how many there are is the job's budget.
         raise
     except RunError as e:
         folder.refuse(str(e))

@@ -22,7 +22,7 @@ from launcher.components import Components, build
 from launcher.evaluate import text_sample, validate
 from launcher.follow import Follower
 from launcher.lifecycle import RunFolder
-from launcher.redact import redact
+from launcher.redact import guard_output, redact
 from launcher.resume import restore_to_read
 from launcher.train import Trainer
 from parallel.checkpoint import CheckpointError
@@ -96,6 +96,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns its exit code."""
+    guard_output()
     try:
         return run(argv)
     except EXPECTED as e:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, overload
 
@@ -107,13 +108,31 @@ def places_in(sorted_N: Tensor, rows_P: Tensor) -> Tensor:
     return torch.where(sorted_N[place_P] == rows_P, place_P, -1)
 
 
-def own_part(rows_LNw: Tensor, k: int) -> Tensor:
-    """Return the memory of part `k` as a tensor that autograd does not link with the others.
+TOGETHER = 4
+"""Parts that travel at a time: every copy and every collective is Python in the caller's thread."""
 
-    Views of one tensor share a version counter: writing a later part would then look to autograd as
-    if the earlier ones, which the model has used and saved, had been changed.
+
+@dataclass
+class RowMemory:
+    """Where the model finds the rows of a micro-batch, and a backward pass may leave gradients.
+
+    Attributes:
+        whole_LUw: all parts one behind the other, where they came from no other rank.
+        groups_UGw: else `TOGETHER` parts side by side (the last ones may be fewer).
     """
-    return rows_LNw.data[k]
+
+    whole_LUw: Tensor | None
+    groups_UGw: list[Tensor]
+
+    def part(self, k: int) -> Tensor:
+        """Return part `k`, [U, w], as a tensor that autograd does not link with the others.
+
+        Views of one tensor share a version counter: writing a later part would then look to
+        autograd as if the earlier ones, which the model has used and saved, had been changed.
+        """
+        if self.whole_LUw is not None:
+            return self.whole_LUw.data[k]
+        return self.groups_UGw[k // TOGETHER].data[:, k % TOGETHER]
 
 
 class DeviceBuffer:
@@ -157,6 +176,7 @@ class Parts(Sequence[Tensor]):
 
     Attributes:
         arrived: gets every layer's gradient as the backward pass completes it; None without.
+        memory: where the layers are, those asked for so far.
         shape: (L, U, w).
     """
 
@@ -187,26 +207,27 @@ class Parts(Sequence[Tensor]):
         if arrived is None and stream is not None:
             # Nobody says when such rows are done with; on one stream nobody needs to.
             self._stream, self._buffer = torch.cuda.current_stream(exchange.mesh.device), None
-        count, wanted, width = rows_LNw.shape
+        count, _, width = rows_LNw.shape
         self._leaves: list[Tensor | None] = [None] * count
         self._sinks: set[int] = set()
-        self._exchanged: list[Tensor] = []
         self._events: list[Any] = []
         self._waited: Any | None = None
-        self._on_device: Tensor | None = None
+        alone = staged.plan.asked is None
+        self.memory = RowMemory(rows_LNw if alone else None, [])
         self.shape = (count, staged.plan.unique, width)
-        if self._stream is not None:
-            rows = staged.plan.unique if staged.plan.asked is not None else wanted
-            shape = (count, rows, width)
-            device = exchange.mesh.device
-            if self._buffer is not None:
-                self._on_device = self._buffer.take(shape, rows_LNw.dtype, self._stream)
-            else:
-                self._on_device = torch.empty(shape, dtype=rows_LNw.dtype, device=device)
-                self._stream.wait_stream(torch.cuda.current_stream(device))
-
-            if staged.indexed is not None:
-                self._stream.wait_event(staged.indexed)
+        self._on_device: Tensor | None = None
+        if self._stream is None:
+            return
+        device = exchange.mesh.device
+        if self._buffer is not None:
+            self._on_device = self._buffer.take(self.shape, rows_LNw.dtype, self._stream)
+        else:
+            self._on_device = torch.empty(self.shape, dtype=rows_LNw.dtype, device=device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+        if alone:
+            self.memory.whole_LUw = self._on_device
+        if staged.indexed is not None:
+            self._stream.wait_event(staged.indexed)
 
     def __len__(self) -> int:
         """Return L."""
@@ -240,13 +261,6 @@ class Parts(Sequence[Tensor]):
         self._sinks.add(k)
         return partial(arrived, k)
 
-    @property
-    def memory(self) -> Tensor | None:
-        """All layers side by side, [L, U, w], where the model uses them; None between ranks."""
-        if self._stream is not None:
-            return self._on_device
-        return self._rows_LNw if self._staged.plan.asked is None else None
-
     def release(self) -> None:
         """End the use of the rows; every kernel that reads them has been queued.
 
@@ -262,9 +276,8 @@ class Parts(Sequence[Tensor]):
             self._buffer.release(self._on_device)
 
     def _leaf(self, k: int) -> Tensor:
-        # .data, not detach(): a version counter of its own, since copies of later layers write
-        # beside this one while autograd keeps it.
-        rows_Uw = self._deliver(k).data
+        self._deliver(k)
+        rows_Uw = self.memory.part(k)
         arrived = self.arrived
         if arrived is None:
             return rows_Uw
@@ -280,43 +293,41 @@ class Parts(Sequence[Tensor]):
         rows_Uw.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         return rows_Uw
 
-    def _deliver(self, k: int) -> Tensor:
-        plan = self._staged.plan
-        self._staged.gate.wait(k, self._check)
-        if self._stream is None:
-            if plan.asked is None:
-                return own_part(self._rows_LNw, k)
-            while len(self._exchanged) <= k:
-                part = self._rows_LNw[len(self._exchanged)]
-                self._exchanged.append(self._exchange.deliver(plan, part))
-            return self._exchanged[k]
-        assert self._on_device is not None
-        if plan.asked is None:
+    def _deliver(self, k: int) -> None:
+        """Have part `k` where the model uses it; its stream waits for it."""
+        gate, last = self._staged.gate, len(self) - 1
+        gate.wait(k, self._check)
+        if self._staged.plan.asked is not None:
+            # All ranks must exchange alike: the next parts travel while these are in use.
+            groups = min(-(-k // TOGETHER), last // TOGETHER) + 1
+            while len(self.memory.groups_UGw) < groups:
+                first = len(self.memory.groups_UGw) * TOGETHER
+                gate.wait(min(first + TOGETHER - 1, last), self._check)
+                self._exchange_parts(first, min(first + TOGETHER, last + 1))
+        elif self._stream is not None and len(self._events) <= k:
             # Whatever is ready goes along.
-            last = max(k, self._staged.gate.ready - 1)
-        else:
-            # All ranks must exchange alike: the next layer travels while this one is in use.
-            last = min(k + 1, len(self) - 1)
-            self._staged.gate.wait(last, self._check)
-        sent = len(self._events)
-        if sent <= last:
+            assert self._on_device is not None
+            parts = slice(len(self._events), max(k + 1, gate.ready))
             with torch.cuda.stream(self._stream):
-                self._send(sent, last + 1)
+                self._on_device.data[parts].copy_(self._rows_LNw[parts], non_blocking=True)
+                event = self._stream.record_event()
+            self._events += [event] * (parts.stop - parts.start)
+        if self._stream is None:
+            return
         event = self._events[k]
         if event is not self._waited:
             self._waited = event
-            torch.cuda.current_stream(self._on_device.device).wait_event(event)
-        return own_part(self._on_device, k)
+            torch.cuda.current_stream(self._exchange.mesh.device).wait_event(event)
 
-    def _send(self, start: int, stop: int) -> None:
-        """Send parts start … stop - 1 to the device, or to the ranks that asked for them."""
-        assert self._on_device is not None and self._stream is not None
-        plan = self._staged.plan
-        if plan.asked is None:
-            target = self._on_device.data[start:stop]
-            target.copy_(self._rows_LNw[start:stop], non_blocking=True)
-            self._events += [self._stream.record_event()] * (stop - start)
+    def _exchange_parts(self, start: int, stop: int) -> None:
+        """Get parts start … stop - 1 from their owners; a collective call."""
+        plan, rows_GNw = self._staged.plan, self._rows_LNw[start:stop]
+        if self._stream is None:
+            self.memory.groups_UGw.append(self._exchange.deliver(plan, rows_GNw))
             return
-        for i in range(start, stop):
-            self._exchange.deliver(plan, self._rows_LNw[i], out=own_part(self._on_device, i))
-            self._events.append(self._stream.record_event())
+        assert self._on_device is not None
+        _, unique, width = self.shape
+        out_UGw = self._on_device[start:stop].view(unique, stop - start, width)
+        with torch.cuda.stream(self._stream):
+            self.memory.groups_UGw.append(self._exchange.deliver(plan, rows_GNw, out_UGw))
+            self._events += [self._stream.record_event()] * (stop - start)

@@ -122,24 +122,26 @@ class Exchange:
             self._moved(index),
         )
 
-    def deliver(self, plan: Plan, rows_NW: Tensor, out: Tensor | None = None) -> Tensor:
-        """Hand the wanted rows to those who asked; return this rank's [U, W]. A collective call.
+    def deliver(self, plan: Plan, rows_GNw: Tensor, out_UGw: Tensor | None = None) -> Tensor:
+        """Hand the wanted rows to those who asked; return this rank's. A collective call.
 
         Args:
-            plan: of this batch.
-            rows_NW: the rows `plan.wanted_N`, in transport type, on any device; or some of their
-                columns.
-            out: memory for the result on the mesh's device.
-        """
-        rows_NW = rows_NW.to(self.mesh.device, non_blocking=True)
-        if plan.asked is None:
-            return rows_NW if out is None else out.copy_(rows_NW)
-        sent_RW = rows_NW.index_select(0, plan.asked.inverse_T)
-        rows_UW = rows_NW.new_empty(plan.unique, rows_NW.shape[1]) if out is None else out
-        dist.all_to_all_single(rows_UW, sent_RW, plan.send_counts, plan.receive_counts)
-        return rows_UW
+            plan: of this batch, between ranks.
+            rows_GNw: G parts of the rows `plan.wanted_N`, in transport type, on any device.
+            out_UGw: memory for the result on the mesh's device, contiguous.
 
-    def collect(self, plan: Plan, grad_UW: Tensor) -> Tensor:
+        Returns:
+            [U, G, w]: one exchange moves all parts.
+        """
+        assert plan.asked is not None
+        rows_GNw = rows_GNw.to(self.mesh.device, non_blocking=True)
+        sent_RGw = rows_GNw.transpose(0, 1).index_select(0, plan.asked.inverse_T)
+        if out_UGw is None:
+            out_UGw = rows_GNw.new_empty(plan.unique, rows_GNw.shape[0], rows_GNw.shape[2])
+        dist.all_to_all_single(out_UGw, sent_RGw, plan.send_counts, plan.receive_counts)
+        return out_UGw
+
+    def collect(self, plan: Plan, grad_UGw: Tensor) -> Tensor:
         """Bring gradients to the owners and average them over ranks. A collective call.
 
         Contributions to a row are added in rank order, in fp32, and divided by the world size, as
@@ -147,19 +149,21 @@ class Exchange:
 
         Args:
             plan: of this batch.
-            grad_UW: gradient of this rank's rows, in transport type, on the mesh's device.
+            grad_UGw: gradient of G parts of this rank's rows, in transport type, on the mesh's
+                device.
 
         Returns:
-            Gradients of `plan.wanted_N`, [N, W], on the mesh's device: fp32, or those given where
-            one rank is all there is.
+            Gradients of `plan.wanted_N`, [N, G, w], on the mesh's device: fp32, or those given
+            where one rank is all there is.
         """
         if plan.asked is None:
-            return grad_UW
-        received_RW = grad_UW.new_empty(sum(plan.receive_counts), grad_UW.shape[1])
-        dist.all_to_all_single(
-            received_RW, grad_UW.contiguous(), plan.receive_counts, plan.send_counts
-        )
-        return segment_sum(received_RW, plan.asked, dtype=torch.float32).div_(self.mesh.world)
+            return grad_UGw
+        _, parts, width = grad_UGw.shape
+        received_RX = grad_UGw.new_empty(sum(plan.receive_counts), parts * width)
+        sent_UX = grad_UGw.reshape(plan.unique, parts * width).contiguous()
+        dist.all_to_all_single(received_RX, sent_UX, plan.receive_counts, plan.send_counts)
+        sum_NX = segment_sum(received_RX, plan.asked, dtype=torch.float32)
+        return sum_NX.div_(self.mesh.world).view(-1, parts, width)
 
     def add_up(self, value: Tensor) -> Tensor:
         """Return the sum over ranks of fp64 0-dim values, added in rank order: alike everywhere."""

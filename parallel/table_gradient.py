@@ -2,10 +2,10 @@
 
 The parts of a row (its layers) are complete one after another, the last layer's first. They go to
 their owners and on to the owner's memory on a stream of its own, while the backward goes on. Every
-call of CUDA's is Python in the backward's thread: parts that lie side by side in the rows' own
-memory (`kernels.modulate` writes them there) are copied a few at a time, and normed at the end.
-A step of one micro-batch keeps what arrives as it is; with more, the host adds them up in fp32 in
-their order, a part at a time, behind the copies.
+call of CUDA's is Python in the backward's thread: gradients that lie in the place of the rows
+(`kernels.modulate` writes them there) travel a few parts at a time. A step of one micro-batch keeps
+what arrives as it is; with more, the host adds them up in fp32 in their order, a part at a time,
+behind the copies.
 
 Shapes: U unique ids of this rank, N rows asked of this one, P rows touched in the step, L parts of
 w columns each.
@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from kernels.rows_step import RowKernels
+from parallel.table_batch import TOGETHER, RowMemory
 from parallel.table_exchange import Exchange, Plan
 from parallel.table_layout import TableError
 from parallel.table_tiers import TierThread
-
-TOGETHER = 4
-"""Parts that are copied at a time."""
 
 
 class BatchGradient:
@@ -53,112 +51,124 @@ class BatchGradient:
         self.plan, self._exchange, self._stream = plan, exchange, stream
         self.count, self.width = shape
         self.parts: list[Tensor | None] = [None] * self.count
-        self._norms: list[Tensor | None] = [None] * self.count
+        self._came: set[int] = set()
+        self._norms: list[Tensor] = []
         self._copied: list[Any] = [None] * self.count
         self._normed: Any | None = None
-        self._pinned: Tensor | None = None
-        self._memory: Tensor | None = None
+        self._pinned_LNw: Tensor | None = None
+        self._memory: RowMemory | None = None
         self._waiting: list[int] = []
+        self._in_memory: list[int] = []
 
     @property
     def missing(self) -> list[int]:
         """Parts that have not come, the last layer first."""
-        return [k for k in reversed(range(self.count)) if self.parts[k] is None]
+        return [k for k in reversed(range(self.count)) if k not in self._came]
 
-    def put(self, k: int, grad_Uw: Tensor, memory: Tensor | None = None) -> None:
+    def put(self, k: int, grad_Uw: Tensor, memory: RowMemory) -> None:
         """Send part `k` to its owners; a collective call.
 
         Args:
             k: which part; each comes once.
             grad_Uw: its gradient.
-            memory: [L, U, w], of which `grad_Uw` may be part k; then it must stay as it is until
-                `finish`.
+            memory: where the rows are. A gradient that lies in their place must stay there until
+                `finish`; it waits for its neighbours, so that they travel together.
 
         Raises:
             TableError: the part came before.
         """
-        if self.parts[k] is not None:
+        if k in self._came:
             raise TableError(
                 f"table {self._exchange.name!r}: a second gradient of part {k} of one micro-batch; "
                 "use each layer's rows once, or gather from Rows.whole()"
             )
-        alone = self.plan.asked is None
-        if memory is not None and alone and grad_Uw.data_ptr() == memory[k].data_ptr():
-            self._memory = memory
-            if self._stream is None:
-                self.parts[k] = grad_Uw
-                self._sent(k)
-                return
-            self.parts[k] = self._host(grad_Uw)[k]
-            self._waiting.append(k)
-            if len(self._waiting) == TOGETHER:
-                self._send()
+        self._came.add(k)
+        if grad_Uw.data_ptr() != memory.part(k).data_ptr():
+            self._move([k], grad_Uw[:, None])
+            if self._stream is not None:
+                grad_Uw.record_stream(self._stream)
             return
-        if self._stream is None:
-            grad_Nw = self._exchange.collect(self.plan, grad_Uw)
-            self._norms[k], self.parts[k] = _norm(grad_Nw), grad_Nw
-            self._sent(k)
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(grad_Uw.device))
-        with torch.cuda.stream(self._stream):
-            grad_Nw = self._exchange.collect(self.plan, grad_Uw)
-            self._norms[k] = _norm(grad_Nw)
-            self._normed = self._stream.record_event()
-            part = self.parts[k] = self._host(grad_Nw)[k]
-            part.copy_(grad_Nw, non_blocking=True)
-            self._copied[k] = self._stream.record_event()
-        grad_Uw.record_stream(self._stream)
-        self._sent(k)
+        self._memory = memory
+        self._waiting.append(k)
+        first = k // TOGETHER * TOGETHER
+        group = range(first, min(first + TOGETHER, self.count))
+        if all(i in self._waiting for i in group):
+            self._send(list(group))
 
     def finish(self) -> None:
-        """Send what waits for company, and norm what was left in its memory."""
-        if self._waiting:
-            self._send()
+        """Send what waits for neighbours, and norm what was left in its place."""
+        for k in sorted(self._waiting, reverse=True):
+            self._send([k])
         memory, self._memory = self._memory, None
-        if memory is None:
+        if memory is None or memory.whole_LUw is None:
             return
         if self._stream is None:
-            self._norm_together(memory)
+            self._norm_in_place(memory.whole_LUw)
             return
         with torch.cuda.stream(self._stream):
-            self._norm_together(memory)
+            self._norm_in_place(memory.whole_LUw)
             self._normed = self._stream.record_event()
 
-    def _sent(self, k: int) -> None:
-        assert self.sent is not None
-        self.sent(k)
-
-    def _norm_together(self, memory: Tensor) -> None:
-        left = [
-            k for k in range(self.count) if self._norms[k] is None and self.parts[k] is not None
-        ]
-        if len(left) == self.count and memory.is_cuda:
-            self._norms[0] = _norm(memory)
+    def _send(self, group: list[int]) -> None:
+        """Send neighbours that lie in the rows' place: all of a group, or a single part."""
+        memory = self._memory
+        assert memory is not None
+        self._waiting = [k for k in self._waiting if k not in group]
+        if memory.whole_LUw is None:
+            whole = len(group) > 1
+            rows_UGw = memory.groups_UGw[group[0] // TOGETHER] if whole else None
+            self._move(group, memory.part(group[0])[:, None] if rows_UGw is None else rows_UGw)
             return
-        for k in left:
-            self._norms[k] = _norm(memory[k])
+        self._in_memory += group
+        parts_GUw = memory.whole_LUw[group[0] : group[-1] + 1]
+        if self._stream is None:
+            for k, part in zip(group, parts_GUw, strict=True):
+                self.parts[k] = part
+        else:
+            if self._pinned_LNw is None:
+                self._pinned_LNw = torch.empty(
+                    memory.whole_LUw.shape, dtype=parts_GUw.dtype, pin_memory=True
+                )
+            self._stream.wait_stream(torch.cuda.current_stream(parts_GUw.device))
+            with torch.cuda.stream(self._stream):
+                pinned_GUw = self._pinned_LNw[group[0] : group[-1] + 1]
+                pinned_GUw.copy_(parts_GUw, non_blocking=True)
+                event = self._stream.record_event()
+            for k, part in zip(group, pinned_GUw, strict=True):
+                self.parts[k], self._copied[k] = part, event
+        self._tell(group)
 
-    def _send(self) -> None:
-        """Copy the parts that wait, neighbours in one go."""
-        assert self._stream is not None and self._memory is not None and self._pinned is not None
-        sent, self._waiting = self._waiting, []
-        low, high = min(sent), max(sent) + 1
-        runs = [slice(low, high)] if high - low == len(sent) else [slice(k, k + 1) for k in sent]
-        self._stream.wait_stream(torch.cuda.current_stream(self._memory.device))
-        with torch.cuda.stream(self._stream):
-            for run in runs:
-                self._pinned[run].copy_(self._memory[run], non_blocking=True)
-            event = self._stream.record_event()
-        for k in sent:
-            self._copied[k] = event
-            self._sent(k)
+    def _move(self, group: list[int], grad_UGw: Tensor) -> None:
+        """Bring parts to their owners, and from there to the owner's memory; a collective call."""
+        if self._stream is None:
+            grad_NGw = self._exchange.collect(self.plan, grad_UGw)
+            self._norms.append(_norm(grad_NGw))
+            for i, k in enumerate(group):
+                self.parts[k] = grad_NGw[:, i]
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(grad_UGw.device))
+            with torch.cuda.stream(self._stream):
+                grad_NGw = self._exchange.collect(self.plan, grad_UGw)
+                self._norms.append(_norm(grad_NGw))
+                self._normed = self._stream.record_event()
+                pinned_NGw = torch.empty(grad_NGw.shape, dtype=grad_NGw.dtype, pin_memory=True)
+                pinned_NGw.copy_(grad_NGw, non_blocking=True)
+                event = self._stream.record_event()
+            for i, k in enumerate(group):
+                self.parts[k], self._copied[k] = pinned_NGw[:, i], event
+        self._tell(group)
 
-    def _host(self, grad_Nw: Tensor) -> Tensor:
-        """Return pinned memory for all parts, the same at every call."""
-        if self._pinned is None:
-            shape = (self.count, *grad_Nw.shape)
-            self._pinned = torch.empty(shape, dtype=grad_Nw.dtype, pin_memory=True)
-        return self._pinned
+    def _tell(self, group: list[int]) -> None:
+        assert self.sent is not None
+        for k in reversed(group):
+            self.sent(k)
+
+    def _norm_in_place(self, whole_LUw: Tensor) -> None:
+        if len(self._in_memory) == self.count and whole_LUw.is_cuda:
+            self._norms.append(_norm(whole_LUw))
+        else:
+            self._norms += [_norm(whole_LUw[k][:, None]) for k in sorted(self._in_memory)]
+        self._in_memory = []
 
     def wait(self, k: int) -> Tensor:
         """Return part `k`, [N, w], once it is in the owner's memory."""
@@ -170,18 +180,17 @@ class BatchGradient:
 
     def squared_norm(self) -> Tensor:
         """Return the sum of squares, fp64 0-dim where the gradient was."""
-        norms = [norm for norm in self._norms if norm is not None]
         if self._normed is not None:
-            torch.cuda.current_stream(norms[0].device).wait_event(self._normed)
-        return torch.stack(norms).double().square().sum()
+            torch.cuda.current_stream(self._norms[0].device).wait_event(self._normed)
+        return torch.stack(self._norms).double().square().sum()
 
 
-def _norm(grad_Nw: Tensor) -> Tensor:
+def _norm(grad_NGw: Tensor) -> Tensor:
     """Return the norm, 0-dim; on a CPU by row and then in fp64, whatever the threads."""
-    if grad_Nw.is_cuda:
-        norm: Tensor = torch.linalg.vector_norm(grad_Nw, dtype=torch.float32)
+    if grad_NGw.is_cuda:
+        norm: Tensor = torch.linalg.vector_norm(grad_NGw, dtype=torch.float32)
         return norm
-    by_row: Tensor = torch.linalg.vector_norm(grad_Nw, dim=1, dtype=torch.float32)
+    by_row: Tensor = torch.linalg.vector_norm(grad_NGw, dim=-1, dtype=torch.float32)
     return by_row.double().square().sum().sqrt()
 
 

@@ -44,7 +44,8 @@ class RowWork:
             slots_N = self.tier.slots(wanted_N[part], write=False, held_N=held_N)
             places = None if places_N is None else places_N[part]
             if places is None and not (part.start == 0 and last):
-                places = torch.arange(part.start, min(part.stop, wanted_N.shape[0]))
+                stop = min(part.stop, wanted_N.shape[0])
+                places = torch.arange(part.start, stop, device=wanted_N.device)
             self._kernels.gather(
                 self._fields.weight_SW,
                 slots_N,

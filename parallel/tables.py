@@ -246,7 +246,7 @@ class RowTable(StoredRows):
             float(clip_coefficient),
         )
         rows_P, part_of = self._gradient.rows()
-        self._touched[rows_P.cpu()] = True
+        self._touched.index_fill_(0, rows_P.cpu(), True)
         ahead = self._ahead
         if ahead is not None and ahead.reading:
             ahead.gate, ahead.may_defer = Gate(), False

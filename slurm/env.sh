@@ -95,6 +95,17 @@ tiny_onn_install() (
   tiny_onn_say "installed in $((SECONDS - start)) s"
 )
 
+# Wait for a process of this shell, whatever signals come; returns its exit code.
+tiny_onn_wait() {
+  local code=0
+  wait "$1" || code=$?
+  while kill -0 "$1" 2>/dev/null; do
+    code=0
+    wait "$1" || code=$?
+  done
+  return "$code"
+}
+
 tiny_onn_env() {
   local extras="" venv=${TINY_ONN_VENV:-$tiny_onn_repo/.venv} argument
   for argument in "$@"; do
@@ -115,7 +126,13 @@ tiny_onn_env() {
     tiny_onn_check_python "$PYTHON" || return
   else
     if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then extras=gpu${extras:+,$extras}; fi
-    tiny_onn_install "$venv" "$extras" || return
+    if [[ ${ENVIRONMENT:-} == BATCH ]]; then
+      # A job's time limit may come meanwhile: its trap interrupts a wait, but no program.
+      tiny_onn_install "$venv" "$extras" &
+      tiny_onn_wait $! || return
+    else
+      tiny_onn_install "$venv" "$extras" || return
+    fi
     PYTHON=$venv/bin/python
     export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
   fi

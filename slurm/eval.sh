@@ -19,9 +19,10 @@
 set -euo pipefail
 
 # Under sbatch $0 is a copy in a spool folder: pretrain.sh explains where the checkout is looked for.
-command=$0
-if [[ -n ${SLURM_JOB_ID:-} ]]; then
-  command=$(scontrol show job "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" | sed -n "s/^ *Command=\([^ ]*\).*/\1/p" | head -n 1)
+command=""
+if [[ -n ${SLURM_JOB_ID:-} ]] && command -v scontrol >/dev/null; then
+  command=$(scontrol show job "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" 2>/dev/null | sed -n "s/^ *Command=//p" | head -n 1) || true
+  while [[ $command == *" "* && ! -f $command ]]; do command=${command% *}; done
 fi
 for folder in "$(dirname "$0")/.." "$(dirname "${command:-$0}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
   if [[ -f $folder/slurm/queue.sh && -f $folder/launcher/__main__.py ]]; then
@@ -41,18 +42,19 @@ fi
 TRAINED=$(realpath "$1")
 shift
 cd "$REPO"
+# A step of a job (srun --pty bash) is a machine like any other, as in pretrain.sh.
+JOB=1 RUN=$TRAINED/evaluation
+if [[ -z ${SLURM_JOB_ID:-} || ${SLURM_STEP_ID:-4294967290} != 4294967290 ]]; then JOB=0; fi
+if [[ $JOB == 1 ]]; then
+  # shellcheck source=slurm/nodes.sh
+  source slurm/nodes.sh
+  # shellcheck source=slurm/queue.sh
+  source slurm/queue.sh
+  guard_start slurm/eval.sh "$TRAINED" "$@"
+fi
 # shellcheck source=slurm/env.sh
 source slurm/env.sh --
-if [[ -z ${SLURM_JOB_ID:-} ]]; then exec "$PYTHON" -m launcher eval "$TRAINED" --follow "$@"; fi
-
-# shellcheck source=slurm/nodes.sh
-source slurm/nodes.sh
-# shellcheck source=slurm/queue.sh
-source slurm/queue.sh
-SCRIPT=slurm/eval.sh ARGUMENTS=("$TRAINED" "$@") ARRAY_IS_ONE_RUN=1
-RUN=$TRAINED/evaluation
-export TINY_ONN_TRY=job$SLURM_JOB_ID-try${SLURM_RESTART_COUNT:-0}
-mkdir -p "$RUN/logs"
+if [[ $JOB == 0 ]]; then exec "$PYTHON" -m launcher eval "$TRAINED" --follow "$@"; fi
 
 # The step evaluated last: what counts as progress here.
 committed_step() {

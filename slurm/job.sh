@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # One try of a run as a Slurm job: the pre-flight, one launcher per node, and what follows.
-# Sourced by pretrain.sh, which sets PYTHON and REPO and works in the checkout.
+# Sourced by pretrain.sh, which sets REPO and, before run_job, PYTHON, and works in the checkout.
 #
 # What follows is decided by files in the run folder (DONE, STOP, committed checkpoints, the try's
 # own .stop and .refused), never by srun's exit code, which cannot tell a crash from a preemption.
@@ -48,16 +48,14 @@ preflight() {
   esac
 }
 
-# run_job CONFIG [overrides]: does not return.
+# run_job: runs ARGUMENTS, which guard_start has set (CONFIG [overrides]); does not return.
 run_job() {
-  SCRIPT=slurm/pretrain.sh ARGUMENTS=("$@") ARRAY_IS_ONE_RUN=1
   if [[ -n ${SLURM_ARRAY_TASK_ID:-} && "$*" == *%a* ]]; then
     # Every element trains a run of its own.
     ARGUMENTS=("${ARGUMENTS[@]//%a/$SLURM_ARRAY_TASK_ID}") ARRAY_IS_ONE_RUN=0
   fi
   set_container
   RUN=$(on_first_node "$PYTHON" -m launcher path "${ARGUMENTS[@]}") || die "cannot tell the run folder of ${ARGUMENTS[0]}"
-  export TINY_ONN_TRY=job$SLURM_JOB_ID-try${SLURM_RESTART_COUNT:-0}
   mkdir -p "$RUN/logs"
   if [[ -e $RUN/DONE ]]; then say "$RUN is done"; exit 0; fi
   if [[ -e $RUN/STOP ]]; then say "$RUN/STOP asks this run not to run; remove it to go on"; exit 0; fi

@@ -18,10 +18,16 @@ job_name() {
   fi
 }
 
-# The field $1 of `scontrol show job`, empty when it is not set.
+# The field $1 of `scontrol show job`, or of what it said before ($2); empty when it is not set.
 job_field() {
-  local value
-  value=$(scontrol show job -o "$(job_name)" | sed -n "s|^\(.* \)\?$1=\([^ ]*\).*|\2|p") || return
+  local shown=${2:-} value
+  if [[ -z $shown ]]; then shown=$(scontrol show job "$(job_name)") || return; fi
+  value=$(sed -n "s|^\(.* \)\?$1=||p" <<<"$shown" | head -n 1)
+  case $1 in
+  # Names and paths may have spaces in them; each ends its line.
+  JobName | StdOut | StdErr | WorkDir | Command) ;;
+  *) value=${value%%[[:space:]]*} ;;
+  esac
   case $value in '(null)' | N/A | None) ;; *) echo "$value" ;; esac
 }
 

@@ -44,14 +44,17 @@ if [[ $# -gt 0 && $1 != -* ]]; then
   if [[ -f $CONFIG ]]; then CONFIG=$(realpath "$CONFIG"); fi
 fi
 cd "$REPO"
-# shellcheck source=slurm/env.sh
-source slurm/env.sh --
 
 # Inside a step (srun --pty bash) there is no second step to start: that is a machine like any other.
 # The shell that salloc opens is a step in name only, with this number.
-if [[ -z ${SLURM_JOB_ID:-} || ${SLURM_STEP_ID:-4294967290} != 4294967290 ]]; then
-  exec "$PYTHON" -m launcher pretrain "$CONFIG" "$@"
+JOB=1 RUN=$REPO/.cache/jobs
+if [[ -z ${SLURM_JOB_ID:-} || ${SLURM_STEP_ID:-4294967290} != 4294967290 ]]; then JOB=0; fi
+if [[ $JOB == 1 ]]; then
+  # shellcheck source=slurm/job.sh
+  source slurm/job.sh
+  guard_start slurm/pretrain.sh "$CONFIG" "$@"
 fi
-# shellcheck source=slurm/job.sh
-source slurm/job.sh
-run_job "$CONFIG" "$@"
+# shellcheck source=slurm/env.sh
+source slurm/env.sh --
+if [[ $JOB == 0 ]]; then exec "$PYTHON" -m launcher pretrain "$CONFIG" "$@"; fi
+run_job

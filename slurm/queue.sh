@@ -20,6 +20,24 @@ committed_step() {
   echo "$newest"
 }
 
+# Before there is a run folder, and while the environment is being installed: from now on a time
+# limit that comes puts the job, script $1 and its arguments, in the queue again. RUN/logs has its notes.
+guard_start() {
+  SCRIPT=$1 ARGUMENTS=("${@:2}") ARRAY_IS_ONE_RUN=1
+  export TINY_ONN_TRY=job$SLURM_JOB_ID-try${SLURM_RESTART_COUNT:-0}
+  mkdir -p "$RUN/logs"
+  trap limit_before_ranks USR1
+}
+
+limit_before_ranks() {
+  local allowed=${TINY_ONN_CRASHES:-3}
+  # No checkpoint counts here; what the next try finds installed is its progress.
+  if ((${SLURM_RESTART_COUNT:-0} >= allowed)); then
+    die "the time limit came before the ranks were started, after $allowed tries, and gave up: ask for more --time"
+  fi
+  queue_again "the time limit came before the ranks were started"
+}
+
 # Put this job in the queue again because of $1, in its own name where the cluster allows it; $2 are
 # nodes that it must not get again.
 queue_again() {
@@ -44,7 +62,7 @@ queue_again() {
   fi
   say "this job may not be queued again ($refusal), submitting a successor"
   submit_successor "$avoid" ||
-    die "could not submit a successor; to go on: sbatch [options] $SCRIPT ${ARGUMENTS[*]}"
+    die "could not submit a successor; to go on: sbatch [options] $SCRIPT ${ARGUMENTS[*]@Q}"
   exit 0
 }
 
@@ -84,32 +102,67 @@ waiting_successor() {
   return 1
 }
 
+# Write $2, as Slurm shows it (gres:gpu:h100:4,gres:nvme:1 or cpu=2,gres/gpu=1), the way sbatch's
+# option $1 wants it: everything for gres, the GPUs' part alone for gpus and the like.
+tres_named() {
+  local item out=""
+  for item in ${2//,/ }; do
+    item=${item#gres[:/]} item=${item/=/:}
+    if [[ $1 != gres ]]; then
+      [[ $item == gpu:* ]] || continue
+      item=${item#gpu:}
+    fi
+    out+=${out:+,}$item
+  done
+  echo "$out"
+}
+
+# A file of this job as a pattern for the next one.
+file_pattern() {
+  local file=${1##*/}
+  echo "${1%/*}/${file//$SLURM_JOB_ID/%j}"
+}
+
+# The --signal of this job as an option; empty for the script's own. Only the accounting keeps it.
+signal_option() {
+  local line
+  command -v sacct >/dev/null || return 0
+  line=$(timeout 5 sacct -n -X -P -j "$(job_name)" -o SubmitLine 2>/dev/null | head -n 1) || return 0
+  if [[ $line =~ [[:space:]]--signal[=[:space:]]+([^[:space:]]+) ]]; then echo "--signal=${BASH_REMATCH[1]}"; fi
+}
+
 # Submit the same command with the same resources, to start when this job has ended, once; without the
 # nodes in $1.
 submit_successor() {
-  local option name submitted
+  local option name shown output="" taken="" submitted
   # Of a job that lost a node Slurm would name fewer nodes.
   local -a options=(--nodes="$NNODES" --dependency="afterany:$(job_name)" --chdir="$SLURM_SUBMIT_DIR") clean=()
   if [[ -e $RUN/logs/$TINY_ONN_TRY.successor ]]; then return 0; fi
-  for option in job-name=JobName partition=Partition account=Account qos=QOS time=TimeLimit \
-    cpus-per-task=CPUs/Task mem=MinMemoryNode mem-per-cpu=MinMemoryCPU constraint=Features \
-    reservation=Reservation gres=TresPerNode output=StdOut; do
-    name=$(job_field "${option#*=}") || return
-    case ${option%%=*}:$name in
-    *: | mem*:0) ;;
-    qos:normal) ;;
-    gres:*) options+=("--gres=${name//gres:/}") ;;
-    output:*)
-      local file=${name##*/}
-      options+=("--output=${name%/*}/${file//$SLURM_JOB_ID/%j}")
-      ;;
-    *) options+=("--${option%%=*}=$name") ;;
+  shown=$(scontrol show job "$(job_name)") || return
+  # What goes by GPU comes first: what Slurm made of it must not be asked for beside it.
+  for option in cpus-per-gpu=CpusPerTres mem-per-gpu=MemPerTres gpus=TresPerJob gpus-per-task=TresPerTask \
+    gpus-per-socket=TresPerSocket gres=TresPerNode job-name=JobName partition=Partition account=Account qos=QOS \
+    time=TimeLimit ntasks-per-node=NtasksPerN:B:S:C cpus-per-task=CPUs/Task mem=MinMemoryNode \
+    mem-per-cpu=MinMemoryCPU constraint=Features reservation=Reservation output=StdOut error=StdErr; do
+    name=$(job_field "${option#*=}" "$shown")
+    option=${option%%=*}
+    case $option:$name in
+    *: | qos:normal | mem-per-cpu:0 | ntasks-per-node:0:*) continue ;;
+    cpus-per-task:*) if [[ $taken == *' --cpus-per-gpu'* ]]; then continue; fi ;;
+    mem:* | mem-per-cpu:*) if [[ $taken == *' --mem-per-gpu'* ]]; then continue; fi ;;
+    ntasks-per-node:*) name=${name%%:*} ;;
+    *per-gpu:* | gpus*:* | gres:*) name=$(tres_named "$option" "$name") ;;
+    output:*) output=$name name=$(file_pattern "$name") ;;
+    error:*) if [[ $name == "$output" ]]; then continue; else name=$(file_pattern "$name"); fi ;;
     esac
+    if [[ -n $name ]]; then options+=("--$option=$name") taken+=" --$option"; fi
   done
-  name=${1:-$(job_field ExcNodeList)}
+  name=$(signal_option)
+  if [[ -n $name ]]; then options+=("$name"); fi
+  name=${1:-$(job_field ExcNodeList "$shown")}
   if [[ -n $name ]]; then options+=(--exclude="$name"); fi
-  if [[ $(job_field OverSubscribe) == NO ]]; then options+=(--exclusive); fi
-  if [[ $(job_field Requeue) == 0 ]]; then options+=(--no-requeue); fi
+  if [[ $(job_field OverSubscribe "$shown") == NO ]]; then options+=(--exclusive); fi
+  if [[ $(job_field Requeue "$shown") == 0 ]]; then options+=(--no-requeue); fi
   # What Slurm told this job about itself must not reach the next one.
   for name in $(compgen -e); do
     case $name in
@@ -150,7 +203,7 @@ after_cancellation() {
     reason=$(job_field Reason)
     if [[ -n $(job_field PreemptTime) ]]; then reason=preempted; fi
     if [[ $reason =~ ^(NodeDown|preempted)$ ]] && ! waiting_successor >/dev/null; then
-      submit_successor || say "could not submit a successor; to go on: sbatch [options] $SCRIPT ${ARGUMENTS[*]}"
+      submit_successor || say "could not submit a successor; to go on: sbatch [options] $SCRIPT ${ARGUMENTS[*]@Q}"
     fi
   fi
   exit 143

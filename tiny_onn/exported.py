@@ -16,12 +16,13 @@ Shapes: T tokens, U unique ids, V vocabulary, L layers, W channels that DeepEmbe
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jsonargparse
 import numpy as np
@@ -121,7 +122,7 @@ def load_exported(
         ExportError: no such folder, a file of it is missing or of another model.
     """
     config = read_config(folder)
-    cfg = model_config(config["model"])
+    cfg = model_config(config.get("model", {}))
     model = TinyOnn(cfg)
     try:
         state = load_file(folder / WEIGHTS)
@@ -159,6 +160,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def model_config(tree: dict[str, Any]) -> ModelConfig:
     """Return the configuration that nested plain values stand for; raises ExportError."""
+    # The parser takes a text in place of a part for a class, and imports its module to look.
+    _check_plain(ModelConfig, tree, "model")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ModelConfig, "model")
     try:
@@ -167,6 +170,20 @@ def model_config(tree: dict[str, Any]) -> ModelConfig:
         raise ExportError(f"{CONFIG}: {' '.join(str(e).split())}") from None
     assert isinstance(cfg, ModelConfig)
     return cfg
+
+
+def _check_plain(cls: type, tree: object, where: str) -> None:
+    """Refuse anything but known keys where a dataclass stands; raises ExportError."""
+    if not isinstance(tree, dict):
+        raise ExportError(f"{CONFIG}: {where} is {tree!r}: expected a mapping of keys")
+    hints = get_type_hints(cls)
+    for key, value in tree.items():
+        if key not in hints:
+            raise ExportError(
+                f"{CONFIG}: unknown key '{where}.{key}'; this version knows {', '.join(hints)}"
+            )
+        if isinstance(hints[key], type) and dataclasses.is_dataclass(hints[key]):
+            _check_plain(hints[key], value, f"{where}.{key}")
 
 
 def _mapped(path: Path, name: str) -> Tensor:

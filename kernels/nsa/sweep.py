@@ -1,6 +1,6 @@
 """Which tiles are fastest: every variant is checked against fp64 first, then timed in turns.
 
-    python -m kernels.nsa.sweep --tokens 65536 --json sweep.json [--only grad_q finish_forward]
+    python -m kernels.nsa.sweep --tokens 65536 --json sweep.json [--only grad_q score]
 
 Needs a Hopper GPU. Checks run in processes of their own, many at a time, because nearly all of
 their time is compilation; the timing process then finds the kernels compiled.
@@ -35,15 +35,12 @@ Plan = tuple[str, str]
 STAGE_OF = {
     "forward": "forward compressed",
     "window_forward": "forward window alone",
-    "finish": "forward selected+window+merge",
     "combine_rows": "forward selected+window+merge",
     "piece_forward": "forward of it selected",
     "grad_q": "backward dq+merge",
-    "grad_q_any": "backward dq+merge",
     "grad_kv": "backward compressed dkv",
     "window_grad_kv": "backward window dkv",
     "score": "forward importance+topk",
-    "score_halves": "forward importance+topk",
     "score_chunk": "forward importance+topk",
     "selected_forward": "forward of it selected",
     "selected_backward": "backward selected",
@@ -53,13 +50,10 @@ STAGE_OF = {
 """The stage of `bench.stages` that shows what a field of the table is worth."""
 
 VARIANTS: dict[str, tuple[Any, ...]] = {
-    "finish": (TileConfig(128, 128, 8, 2, True),),
     "grad_q": (TileConfig(64, 64, 4, 2),),
     "window_forward": (TileConfig(64, 64, 4, 3), TileConfig(128, 64, 8, 3, True)),
-    "grad_q_any": (True,),
     "combine_rows": (8, 32),
     "score": tuple(TileConfig(*x) for x in ((64, 128, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3))),
-    "score_halves": (True,),
     "selected_forward": (
         TileConfig(64, 64, 4, 3), TileConfig(64, 64, 4, 3, True), TileConfig(64, 64, 4, 4, True),
     ),

@@ -33,15 +33,11 @@ class KernelConfigs:
     For the selected kernels BM counts rows (queries times heads of the group) and BN is
     not used: the keys are one selected block. Their Gluon kernels gather by threads with two
     stages, by the copy engine with more. `piece_*` are the queries that one program serves.
-    `score_halves` takes the exponentials of the importance two at a time in fp16. `grad_q_any` lets
-    the Gluon kernel of dq take shapes at which it was not checked on a GPU.
-    `finish` is the kernel that computes the window and merges the partials; without Gluon those
-    are `window_forward` and a merge of `combine_rows` rows.
+    `combine_rows` are the rows of one program that merges partials.
     """
 
     forward: TileConfig
     window_forward: TileConfig
-    finish: TileConfig
     grad_q: TileConfig
     grad_kv: TileConfig
     window_grad_kv: TileConfig
@@ -55,14 +51,11 @@ class KernelConfigs:
     top_k_rows: int
     score_chunk: int
     partial_rows: int
-    score_halves: bool = False
-    grad_q_any: bool = False
 
 
 _HOPPER = KernelConfigs(
     forward=TileConfig(128, 128, 8, 2, gluon=True),
     window_forward=TileConfig(128, 128, 8, 2, gluon=True),
-    finish=TileConfig(128, 128, 8, 2),
     grad_q=TileConfig(64, 64, 4, 2, gluon=True),
     grad_kv=TileConfig(64, 128, 8, 3, gluon=True),
     window_grad_kv=TileConfig(64, 128, 8, 2, gluon=True),
@@ -94,7 +87,6 @@ _HOPPER_WIDE = replace(
 _INTERPRETER = KernelConfigs(
     forward=TileConfig(32, 16, 1, 1),
     window_forward=TileConfig(16, 32, 1, 1),
-    finish=TileConfig(16, 32, 1, 1),
     grad_q=TileConfig(32, 16, 1, 1),
     grad_kv=TileConfig(32, 32, 1, 1),
     window_grad_kv=TileConfig(32, 16, 1, 1),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_config import KernelConfigs, pow2
-from kernels.nsa.triton_interval import gluon_takes, interval_forward
+from kernels.nsa.triton_interval import interval_forward
 from kernels.nsa.triton_layout import PackedLayout
 from kernels.nsa.triton_select import BlockLists, cut_pieces
 from kernels.nsa.triton_selected import new_partials, selected_partials
@@ -113,7 +113,7 @@ def finish_forward(
     `slc` and `win` are keys and values [T, G, D] of those branches. The base-2 log-sum-exp of the
     window goes to lse_win_HT, that of the selected branch is the last result.
     """
-    T, H, D = q_THD.shape
+    T, H, _ = q_THD.shape
     k_slc, v_slc = slc
     G, DV = v_slc.shape[1:]
     K, low, high = spec.selected, layout.window[0], layout.window[1]
@@ -121,26 +121,13 @@ def finish_forward(
     partials = new_partials(q_THD, DV, lists, K)
     out, selected = q_THD.new_empty(T, H, DV), q_THD.new_empty(T, H, DV)
     lse = torch.empty(T, H, dtype=torch.float32, device=q_THD.device)
-    together = configs.finish.gluon and D == DV and gluon_takes(q_THD, *win)
-    if together:
-        window = q_THD.new_empty(T, H, DV)
-    else:
-        window = interval_forward(q_THD, *win, low, high, lse_win_HT, scale, configs.window_forward)
+    window = interval_forward(q_THD, *win, low, high, lse_win_HT, scale, configs.window_forward)
     for c in range(lists.n_chunks):
         token0 = c * lists.chunk_tokens
         end = min(T, token0 + lists.chunk_tokens)
         selected_partials(
             q_THD, k_slc, v_slc, partials, lists, pieces, c, layout, spec, scale, configs
         )
-        if together:
-            from kernels.nsa.gluon_finish import launch
-
-            launch(
-                q_THD, *win, partials.part, partials.lse, gates_TH3, compressed_THD,
-                (window, selected, out), lse_win_HT, lse, layout.tokens[0], (low, high),
-                (token0, end), K, spec.select, scale, configs.finish.stages,
-            )  # fmt: skip
-            continue
         merge_forward_kernel[(triton.cdiv((end - token0) * H, configs.combine_rows),)](
             partials.part,
             partials.lse,

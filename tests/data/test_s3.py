@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from data import patient
-from data.index import DataError, read_index
+from data.index import DataError, StoreAwayError, read_index
 from data.report import inspect, verify
-from data.stored import open_corpus
+from data.stored import fetch, open_corpus
 from tests.data.conftest import Loaders, data_config
 
 BUCKET = "corpora"
@@ -48,12 +49,16 @@ class Store:
 
 
 class Flaky:
-    """A way to the store that can be cut, or answer with errors, for so many requests."""
+    """A way to the store that can be cut, or answer with errors, for so many requests.
+
+    `close` and `fill` cut it below HTTP, until `open`: connections are refused, or never made.
+    """
 
     def __init__(self, endpoint: str) -> None:
         flaky = self
         self.mode = ""
         self.bad = 0
+        self.held: list[socket.socket] = []
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -87,20 +92,43 @@ class Flaky:
             def log_message(self, format: str, *args: object) -> None:
                 return
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.handler, self.port = Handler, 0
+        self.open()
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+
+    def open(self) -> None:
+        """Serve, on the same port every time."""
+        for s in self.held:
+            s.close()
+        self.held = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), self.handler)
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        """Refuse connections."""
+        self.server.shutdown()
+        self.server.server_close()
+
+    def fill(self) -> None:
+        """Answer no attempt to connect: the queue of a socket that accepts nothing is full."""
+        self.close()
+        full = socket.create_server(("127.0.0.1", self.port), backlog=0)
+        self.held.append(full)
+        for _ in range(2):
+            s = socket.socket()
+            s.setblocking(False)
+            s.connect_ex(("127.0.0.1", self.port))
+            self.held.append(s)
 
 
 @pytest.fixture
 def flaky(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
     flaky = Flaky(os.environ["S3_ENDPOINT_URL"])
     monkeypatch.setenv("S3_ENDPOINT_URL", flaky.endpoint)
-    # botocore's own attempts, which come before ours, take a few seconds each time.
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(patient, "FIRST_PAUSE", 0.2)
     yield flaky
-    flaky.server.shutdown()
+    flaky.close()
 
 
 @pytest.mark.parametrize("mode", ["errors", "away"])
@@ -116,6 +144,57 @@ def test_a_store_that_fails_for_a_while_costs_only_time(
     for _ in range(3):
         assert ids(remote.next_step()) == ids(local.next_step())
     assert flaky.bad == 0
+
+
+@pytest.mark.parametrize("cut", [Flaky.close, Flaky.fill], ids=["refused", "dropped"])
+def test_a_store_that_cannot_be_connected_to_for_a_while_costs_only_time(
+    store: Store,
+    flaky: Flaky,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cut: Callable[[Flaky], None],
+) -> None:
+    store.put("connect/index.json", b"here")
+    monkeypatch.setattr(patient, "CONNECT_TIMEOUT", 1.0)
+    cut(flaky)
+    back = threading.Timer(2.0, flaky.open)
+    back.start()
+    start = time.monotonic()
+    fetch(f"s3://{BUCKET}/connect/index.json", tmp_path / "index.json", patience=30)
+    assert (tmp_path / "index.json").read_bytes() == b"here"
+    assert time.monotonic() - start > 2
+    back.join()
+
+
+@pytest.mark.parametrize("cut", [Flaky.close, Flaky.fill], ids=["refused", "dropped"])
+def test_patience_bounds_the_wait_for_a_store_and_its_end_is_told_from_a_wrong_address(
+    flaky: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: Callable[[Flaky], None]
+) -> None:
+    monkeypatch.setattr(patient, "CONNECT_TIMEOUT", 1.0)
+    cut(flaky)
+    start = time.monotonic()
+    with pytest.raises(StoreAwayError, match=r"cannot fetch .*data\.patience is 2 s"):
+        fetch(f"s3://{BUCKET}/never", tmp_path / "never", patience=2)
+    # An attempt, or a few, but not botocore's and boto3's on top of each.
+    assert 2 <= time.monotonic() - start < 12
+    if cut == Flaky.close:
+        flaky.open()
+        with pytest.raises(DataError) as wrong:
+            fetch(f"s3://{BUCKET}/never", tmp_path / "never", patience=2)
+        assert not isinstance(wrong.value, StoreAwayError)
+        flaky.close()
+
+
+def test_time_spent_waiting_for_another_reader_of_a_file_counts(flaky: Flaky) -> None:
+    source = patient.downloader(f"s3://{BUCKET}/x", 60)
+    flaky.close()
+    start = time.monotonic()
+    with (
+        source.waiting_since(start - 60),
+        pytest.raises(patient.TransientError, match="tried for 6"),
+    ):
+        source.download(f"s3://{BUCKET}/x", "/dev/shm/never")
+    assert time.monotonic() - start < 30
 
 
 def test_a_store_that_stays_away_stops_the_reading_and_is_named(

@@ -318,6 +318,24 @@ def test_a_call_that_cannot_run_says_why():
         nsa_attention(*call)
 
 
+def test_position_term_of_the_keys_changes_nothing_and_its_gradient_is_exactly_zero():
+    """It moves all compressed keys alike, so every score of a query by the same amount."""
+    case = random_case([5, 90], SPEC, dtype=torch.float64)
+    position = 9
+    assert case.names[position] == "phi_k.position"
+    wanted = case.oracle().out_THE
+    (gradient,) = torch.autograd.grad(
+        wanted, case.tensors[position], torch.randn_like(wanted), retain_graph=True
+    )
+    assert gradient.abs().max() < 1e-12
+    moved = list(case.tensors)
+    moved[position] = torch.randn_like(moved[position])
+    torch.testing.assert_close(Case(moved, case.docs, SPEC).oracle().out_THE, wanted)
+    own = nsa_blocked(*case.call)
+    (gradient,) = torch.autograd.grad(own, case.tensors[position], torch.randn_like(own))
+    assert torch.count_nonzero(gradient) == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04)], ids=str

@@ -27,7 +27,8 @@ def everything(kernels, kind, dtype):
         fields = fields._replace(first_SW=fields.weight_SW)
     steps = torch.randint(0, 5, (SLOTS, 1), generator=generator).float()
     slots = torch.randperm(SLOTS, generator=generator)[:ROWS]
-    grads = [normal(ROWS, WIDTH).to(dtype) for _ in range(2)]
+    # As they come from other ranks: the layers of a row side by side.
+    grads = list(normal(ROWS, 2, WIDTH).to(dtype).unbind(1))
     places = torch.where(torch.rand(ROWS, generator=generator) > 0.5, torch.arange(ROWS), -1)
     rule = Rule(kind, (0.9, 0.95), 1e-8, 0.1, 0.01, 0.7)
     clock = tick(rule, steps, slots)

@@ -37,6 +37,8 @@ def test_dotted_overrides_win_and_are_typed(tmp_path: Path) -> None:
         ("steps: 3", "unknown key 'steps'; did you mean 'train.steps'"),
         ("model: {width: wide}", "model.width"),
         ("model: {attention: {kind: dense}}", "kind"),
+        ("model: {ffn: null}", "model.ffn is null: expected keys, such as kind, or leave"),
+        ("model: 3", "model is 3: expected keys, such as vocab_size"),
         ("- 1", "expected a mapping"),
         ("model: [", "not valid YAML"),
     ],
@@ -51,6 +53,8 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str
     ("words", "message"),
     [
         (["--model.widht", "3"], "did you mean 'model.width'"),
+        (["--foo", "1"], "unknown key 'foo'; none is like it, the nearest is '"),
+        (["--model", "{widht: 3}"], "did you mean 'model.width'"),
         (["--train.steps"], "--train.steps needs a value"),
         (["--train.steps", "many"], "train.steps"),
         (["steps", "3"], "expected --dotted.key value, found 'steps'"),
@@ -62,6 +66,17 @@ def test_a_wrong_override_is_refused_by_name(
     with pytest.raises(ConfigError) as e:
         config.load(_write(tmp_path / "a.yaml", "name: a"), words)
     assert message in str(e.value)
+
+
+def test_a_section_that_may_be_left_out_may_be_null(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.yaml", "data: {build: null}\nmodel: {}\n")
+    assert config.load(path).data.build is None
+    demo = config.load(CONFIGS / "demo.yaml", ["--data.build", "null"])
+    assert demo.data.build is None
+    words = ["--data.build", "{vocab_size: 600}", "--model", "{width: 64}"]
+    cfg = config.load(path, words)
+    assert cfg.data.build is not None
+    assert (cfg.data.build.vocab_size, cfg.model.width) == (600, 64)
 
 
 def test_a_missing_file_lists_the_shipped_ones(tmp_path: Path) -> None:

@@ -152,6 +152,22 @@ def test_a_host_name_that_does_not_resolve_is_reported(monkeypatch: pytest.Monke
     assert "no-such-host.invalid does not resolve" in only(doctor.network, Level.WARN).found
 
 
+@pytest.mark.parametrize("call", ["create_server", "create_connection"])
+def test_a_port_that_cannot_be_opened_or_reached_has_to_be_fixed(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*words: object, **more: object) -> None:
+        raise PermissionError(1, "not permitted here")
+
+    monkeypatch.setattr(f"socket.{call}", refuse)
+    finding = only(doctor.network, Level.FAIL)
+    assert "cannot connect to an own port" in finding.found
+    assert "not permitted here" in finding.found
+    assert "127.0.0.1" in finding.remedy
+    monkeypatch.undo()
+    assert not findings(doctor.network, Level.FAIL)
+
+
 def test_runs_are_listed_with_their_state(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         RunFolder(tmp_path / name).create().config.touch()

@@ -247,9 +247,15 @@ def test_a_node_name_that_is_this_machines_loopback_is_refused() -> None:
         place.interface()
 
 
-def test_an_unknown_node_name_is_refused() -> None:
+def test_a_node_name_that_does_not_resolve_is_named_and_may_be_tried_again(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINY_ONN_NODES", "no-such-node.invalid n2")
+    for name, value in NODES.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(RunError, match=r"cannot resolve node name no-such-node\.invalid"):
-        Rendezvous(2, 1, "x", 9, ("no-such-node.invalid", "n2")).interface()
+        launch(["-c", "print('ran')"], folder, LaunchConfig(processes=1))
+    assert folder.logs.is_dir() and not folder.refused.exists()
 
 
 @pytest.mark.parametrize(

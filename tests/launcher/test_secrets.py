@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 import os
 import pickle
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data import patient
+from data.index import StoreAwayError
+from data.stored import fetch
 from data.tokenizer import Tokenizer
-from launcher import config
-from launcher.redact import redact
+from launcher import __main__, config, worker
+from launcher.lifecycle import LaunchConfig, RunError
+from launcher.ranks import free_port
+from launcher.redact import guard_output, redact
 from parallel.checkpoint import CheckpointError, CheckpointStore
 from tests.launcher.tiny import finish, tiny_config, tiny_corpus, tiny_onn
 from tests.parallel.test_checkpoint import ALONE, saved_alone
@@ -84,6 +94,55 @@ def test_pickle_in_any_place_of_a_checkpoint_or_export_is_never_run(tmp_path: Pa
     assert not exploded.exists()
 
 
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module on the path that makes a file when it is imported."""
+    exploded = tmp_path / "exploded"
+    (tmp_path / "evilmod.py").write_text(f"open({str(exploded)!r}, 'w')\nclass X: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield exploded
+    sys.modules.pop("evilmod", None)
+
+
+CLASS = {"class_path": "evilmod.X"}
+
+
+@pytest.mark.parametrize("value", ["evilmod.X", CLASS, [CLASS], None])
+@pytest.mark.parametrize("key", ["model", "model.ffn", "data.build", "launch", "engine.optimizer"])
+def test_a_strangers_configuration_imports_nothing(
+    tmp_path: Path, evil: Path, key: str, value: Any
+) -> None:
+    tree: Any = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    file, plain = tmp_path / "c.yaml", tmp_path / "d.yaml"
+    plain.write_text("name: x\n")
+    dotted = {key: value}
+    for arguments in (tree, dotted, [f"--{key}", json.dumps(value)], [f"--{key}={value}"]):
+        if isinstance(arguments, dict):
+            file.write_text(json.dumps(arguments))
+        if value is None and key == "data.build" and arguments != ["--data.build=None"]:
+            continue
+        with pytest.raises(config.ConfigError, match=key.replace(".", r"\.")):
+            if isinstance(arguments, dict):
+                config.load(file)
+            else:
+                config.load(plain, arguments)
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize("value", ["evilmod.X", CLASS, [CLASS], None])
+@pytest.mark.parametrize("key", ["", "ffn", "attention", "deepembed"])
+def test_a_strangers_export_imports_nothing(
+    tmp_path: Path, evil: Path, key: str, value: Any
+) -> None:
+    model = {"vocab_size": 300, "width": 32, "layers": 1, key: value} if key else value
+    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "model": model}))
+    with pytest.raises(ExportError, match=r"config\.json: .*model"):
+        load_exported(tmp_path)
+    assert not evil.exists()
+
+
 def test_corpus_whose_columns_are_pickles_is_not_unpickled(tmp_path: Path) -> None:
     from streaming.base.format.mds.encodings import is_mds_encoding, mds_decode
 
@@ -122,6 +181,89 @@ def test_secrets_are_taken_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> N
     assert redact("an@address and s3://bucket/a@b stay") == "an@address and s3://bucket/a@b stay"
 
 
+@pytest.fixture
+def logged() -> Iterator[io.StringIO]:
+    """What a library's own handler writes; the process is as before afterwards."""
+    make, hook = logging.getLogRecordFactory(), threading.excepthook
+    out = io.StringIO()
+    handler = logging.StreamHandler(out)
+    logging.getLogger().addHandler(handler)
+    yield out
+    logging.getLogger().removeHandler(handler)
+    logging.setLogRecordFactory(make)
+    threading.excepthook = hook
+
+
+def test_an_endpoint_with_credentials_does_not_reach_the_log_while_the_store_is_away(
+    logged: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard_output()
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://user:{CANARY}@127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(patient, "FIRST_PAUSE", 0.1)
+    with pytest.raises(StoreAwayError):
+        fetch("s3://bucket/index.json", tmp_path / "index.json", patience=4)
+    assert "trying again" in logged.getvalue()
+    assert "***@127.0.0.1" in logged.getvalue()
+    assert CANARY not in logged.getvalue()
+
+
+def test_every_process_that_logs_is_guarded(
+    logged: io.StringIO, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def speak(argv: Any) -> int:
+        try:
+            raise ValueError(f"in http://me:{CANARY}@host/")
+        except ValueError:
+            logging.getLogger("x").exception("at %s", f"http://me:{CANARY}@host/")
+
+        def die() -> None:
+            raise ValueError(f"thread http://me:{CANARY}@host/")
+
+        thread = threading.Thread(target=die)
+        thread.start()
+        thread.join()
+        return 0
+
+    unguarded, hook = logging.getLogRecordFactory(), threading.excepthook
+    monkeypatch.setattr(worker, "run", speak)
+    monkeypatch.setattr("launcher.path_verb.main", speak)
+    for main in (worker.main, __main__.main):
+        logging.setLogRecordFactory(unguarded)
+        threading.excepthook = hook
+        assert main(["path"]) == 0
+    text, said = logged.getvalue(), capfd.readouterr().err
+    assert text.count("at http://***@host/") == text.count("ValueError: in http://***@host/") == 2
+    assert said.count("ValueError: thread http://***@host/") == 2
+    assert CANARY not in text + said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WANDB_API_KEY", "HF_TOKEN", "DB_PASSWD", "PGPASSWORD", "GH_PAT", "TLS_PRIVATE_KEY",
+        "AWS_ACCESS_KEY_ID", "aws_secret_access_key", "REDIS_AUTH", "SMTP_PASS", "MYSQL_PWD",
+    ],
+)  # fmt: skip
+def test_a_variable_that_is_a_secret_by_its_name_is_neither_kept_nor_shown(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RunError, match=f"launch.environment has {name}: secrets are not kept"):
+        LaunchConfig(environment={name: CANARY})
+    monkeypatch.setenv(name, CANARY)
+    assert redact(f"said {CANARY}") == "said ***"
+
+
+def test_variables_that_are_no_secrets_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("NCCL_SOCKET_IFNAME", "TOKENIZERS_PARALLELISM", "PWD", "OLDPWD", "SSH_AUTH_SOCK")
+    LaunchConfig(environment=dict.fromkeys(names, "/some/where"))
+    for name in names:
+        monkeypatch.setenv(name, "/some/where")
+    assert redact("in /some/where") == "in /some/where"
+
+
 @pytest.mark.slow
 def test_run_folder_follows_the_umask_and_holds_no_secret_of_the_environment(
     tmp_path: Path,
@@ -143,8 +285,10 @@ def test_run_folder_follows_the_umask_and_holds_no_secret_of_the_environment(
         assert code == 0, output
         # One that fails, at an address of which the endpoint's credentials are a part.
         cache = ["--data.cache", str(tmp_path / "cache"), "--name", "failed"]
+        cache += ["--data.patience", "2"]
         bad = finish(tiny_onn("pretrain", path, "--data.path", "s3://b/c", *cache, **secrets))
         assert bad[0] == 1 and "cannot fetch s3://b/c" in bad[1], bad[1]
+        assert "trying again" in bad[1]
     finally:
         os.umask(before)
     assert CANARY not in output + bad[1]

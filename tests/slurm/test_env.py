@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ case "$1 $2" in
 "-m pip")
   [[ $3 != --version ]] || exit 0
   echo "${*:3}" >>"$PIP_CALLS"
-  sleep 0.3
+  sleep "${PIP_SECONDS:-0.3}"
   if [[ -e $PIP_CALLS.fail ]]; then echo no space; exit 1; fi ;;
 esac
 """
@@ -137,3 +139,90 @@ def test_what_cannot_be_is_refused(
     code, err = finished(env_sh(checkout, *arguments, **environment))
     assert code != 0
     assert message in err
+
+
+@pytest.fixture
+def scripts(checkout: Path, tmp_path: Path) -> Path:
+    """The checkout under a name with a space, as a job sees it; Slurm's programs note calls."""
+    place = tmp_path / "my code"
+    place.mkdir()
+    for name in ("slurm", "bin", "pyproject.toml", "constraints.txt"):
+        (checkout / name).rename(place / name)
+    (place / "launcher").mkdir()
+    (place / "launcher" / "__main__.py").touch()
+    (place / "runs" / "trial").mkdir(parents=True)
+    (place / "runs" / "trial" / "config.yaml").touch()
+    # Slurm runs a copy of the script, and shows the command with its arguments.
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    for name in ("pretrain", "eval"):
+        shutil.copy(place / "slurm" / f"{name}.sh", spool / f"{name}.sh")
+    show = f"echo '   Command={place}/slurm/'$SCRIPT'.sh runs/trial'"
+    note = f'echo "$*" >>"{tmp_path}/asked"'
+    program(place, "scontrol", f"#!/bin/bash\n[[ $1 == show ]] && {show} || {note}\n")
+    for name in ("srun", "squeue"):
+        program(place, name, f'#!/bin/bash\necho "{name} $*" >>"{tmp_path}/asked"\n')
+    return place
+
+
+def job(scripts: Path, script: str, *arguments: str, **more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", scripts.parent / "spool" / f"{script}.sh", *arguments],
+        cwd=scripts.parent,
+        env={
+            **without_slurm(),
+            "PATH": f"{scripts}/bin:{os.environ['PATH']}",
+            "PIP_CALLS": str(scripts / "calls"),
+            "PIP_SECONDS": "20",
+            "SLURM_JOB_ID": "7",
+            "SLURM_SUBMIT_DIR": "/",
+            "ENVIRONMENT": "BATCH",
+            "SCRIPT": script,
+            **more,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
+    )
+
+
+def until_installing(scripts: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not (scripts / "calls").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("script", ["pretrain", "eval"])
+@pytest.mark.parametrize(("tries", "code"), [("0", 0), ("3", 1)])
+def test_a_time_limit_that_comes_during_the_first_installation_queues_the_job_again(
+    scripts: Path, script: str, tries: str, code: int
+) -> None:
+    started = job(scripts, script, f"{scripts}/runs/trial", SLURM_RESTART_COUNT=tries)
+    until_installing(scripts)
+    start = time.monotonic()
+    started.send_signal(signal.SIGUSR1)
+    try:
+        # The installation goes on in the background; Slurm ends it with the job.
+        assert started.wait(15) == code
+    finally:
+        os.killpg(started.pid, signal.SIGKILL)
+    assert time.monotonic() - start < 15
+    assert started.stdout is not None
+    said = started.stdout.read()
+    asked = scripts.parent / "asked"
+    if code == 0:
+        assert asked.read_text() == "requeue 7\n", said
+        assert "the time limit came before the ranks were started; going back" in said
+    else:
+        assert not asked.exists()
+        assert "after 3 tries, and gave up: ask for more --time" in said
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "eval"])
+def test_inside_a_step_of_a_job_no_further_step_is_started(scripts: Path, verb: str) -> None:
+    program(scripts, "own", '#!/bin/bash\n[[ $1 == -m ]] && echo "ran $*"; exit 0\n')
+    own = {"TINY_ONN_PYTHON": f"{scripts}/bin/own", "SLURM_STEP_ID": "0", "ENVIRONMENT": ""}
+    out, _ = job(scripts, verb, f"{scripts}/runs/trial", **own).communicate(timeout=30)
+    assert f"ran -m launcher {verb} {scripts}/runs/trial" in out
+    assert not (scripts.parent / "asked").exists()
