@@ -26,14 +26,24 @@ from tests.launcher.tiny import rows, tiny_config, tiny_corpus
 from tests.ranks import run_ranks
 from tiny_onn.dynmoe import DynMoe
 
-OPTIONS = ["--train.steps", "8", "--train.evaluate_every", "2", "--train.sample_every", "0"]
-OPTIONS += ["--checkpoint.every", "2", "--checkpoint.keep_last", "9", "--spikes.patience", "2"]
+OPTIONS = ["--train.steps", "9", "--train.evaluate_every", "2", "--train.sample_every", "0"]
+OPTIONS += ["--checkpoint.every", "2", "--checkpoint.keep_last", "9", "--spikes.patience", "3"]
+# Training waits for the disk.
+OPTIONS += ["--checkpoint.background", "false"]
 
 
-def _train_without_held_out_data(trainer: Trainer) -> str:
-    """Train where rank 1 cannot read its second held-out batch; returns what is said."""
-    loader = trainer.c.loader
-    original = loader.evaluation_batches
+def _train_without_held_out_data(trainer: Trainer) -> tuple[str, int]:
+    """Train where rank 1 cannot read its second held-out batch.
+
+    Returns:
+        What is said, and how often a sign of life came from the one checkpoint that is written.
+    """
+    loader, watchdog = trainer.c.loader, trainer.c.watchdog
+    original, beat, signs = loader.evaluation_batches, watchdog.beat, list[str]()
+
+    def noted(step: int, doing: str = "step") -> None:
+        signs.append(doing)
+        beat(step, doing)
 
     def broken(sequences: int = 0) -> Iterator[Batch]:
         yield next(original(sequences))
@@ -42,9 +52,11 @@ def _train_without_held_out_data(trainer: Trainer) -> str:
     with contextlib.ExitStack() as stack:
         if trainer.c.mesh.rank == 1:
             stack.enter_context(mock.patch.object(loader, "evaluation_batches", broken))
+        stack.enter_context(mock.patch.object(watchdog, "beat", noted))
+        stack.enter_context(mock.patch("parallel.checkpoint_writer.PROGRESS_SECONDS", 0.0))
         with pytest.raises(DataError) as raised:
             trainer.train()
-    return str(raised.value)
+    return str(raised.value), signs.count("checkpoint")
 
 
 def _spiking(trainer: Trainer, *steps: int) -> Any:
@@ -72,7 +84,7 @@ def _controllers(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 def _roll_back_and_lose_the_data(
     trainer: Trainer,
 ) -> tuple[str, dict[int, list[int]], list[tuple[bool, bool]]]:
-    """Go back behind spikes, and lose a shard before the next checkpoint.
+    """Go back behind spikes, over a checkpoint, and lose a shard before the next one.
 
     Returns:
         What is said; this rank's samples of the first time that each step was taken; and of each
@@ -100,7 +112,7 @@ def _roll_back_and_lose_the_data(
         return batches
 
     with (
-        _spiking(trainer, 5, 6),
+        _spiking(trainer, 5, 6, 7),
         mock.patch.object(loader, "next_step", next_step),
         mock.patch.object(train, "update_controllers", update_controllers),
         pytest.raises(DataError) as raised,
@@ -112,14 +124,16 @@ def _roll_back_and_lose_the_data(
 def _give_up(trainer: Trainer) -> str:
     """Spike again where going back is not allowed; returns what is said."""
     trainer.c.cfg.spikes.max_rollbacks = 0
-    with _spiking(trainer, 7, 8), pytest.raises(SpikeError) as raised:
+    with _spiking(trainer, 7, 8, 9), pytest.raises(SpikeError) as raised:
         trainer.train()
     return str(raised.value)
 
 
 def _train(mesh: Mesh, path: Path) -> dict[str, Any]:
     trainer = trainer_of(mesh, path, OPTIONS)
-    out: dict[str, Any] = {"held_out": (_train_without_held_out_data(trainer), trainer.c.step)}
+    out: dict[str, Any] = {}
+    said, out["signs"] = _train_without_held_out_data(trainer)
+    out["held_out"] = said, trainer.c.step
     said, out["taken"], out["moves"] = _roll_back_and_lose_the_data(trainer)
     out["lost"] = said, trainer.c.step
     out["gave_up"] = _give_up(trainer)
@@ -150,6 +164,13 @@ def test_held_out_data_that_a_rank_cannot_read_stops_all_with_a_checkpoint(
     assert 2 in committed(run)
 
 
+def test_a_run_that_waits_for_the_disk_shows_that_it_lives(
+    trained: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    # One would come when all is written, anyway.
+    assert all(result["signs"] > 2 for result in trained[1])
+
+
 def test_data_that_is_lost_behind_a_rollback_costs_no_step(
     trained: tuple[Path, list[dict[str, Any]]],
 ) -> None:
@@ -157,7 +178,7 @@ def test_data_that_is_lost_behind_a_rollback_costs_no_step(
     for result in results:
         assert result["lost"][0].endswith("stopped after step 5; a checkpoint of step 5 is kept")
         assert result["lost"][1] == 5
-    assert committed(run) == [2, 4, 5, 6, 8]
+    assert committed(run) == [2, 4, 5, 6, 8, 9]
 
 
 def test_every_validation_is_recorded_once_also_one_that_failed_and_that_of_the_end(
@@ -166,16 +187,16 @@ def test_every_validation_is_recorded_once_also_one_that_failed_and_that_of_the_
     run, results = trained
     assert results[0]["ends"] == ["done", "done"]
     lines = (run / "validation.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
-    assert [row["step"] for row in rows(run)] == list(range(1, 9))
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8, 9]
+    assert [row["step"] for row in rows(run)] == list(range(1, 10))
 
 
 def test_controllers_of_experts_stand_still_while_a_step_is_skipped(
     trained: tuple[Path, list[dict[str, Any]]],
 ) -> None:
     for result in trained[1]:
-        # Steps 3 and 4, the spikes of 5 and 6, and 5 again.
-        skipped = [False, False, True, True, False]
+        # Steps 3 and 4, the spikes of 5 to 7, and 5 again.
+        skipped = [False, False, True, True, True, False]
         assert result["moves"] == [(skip, not skip) for skip in skipped]
 
 
@@ -189,27 +210,27 @@ def test_a_rollback_tells_its_samples_and_the_skipped_steps_that_it_undid(
 ) -> None:
     run, results = trained
     samples = {
-        step: sorted(i for result in results for i in result["taken"][step]) for step in (5, 6)
+        step: sorted(i for result in results for i in result["taken"][step]) for step in (5, 6, 7)
     }
     skipped = happened(run, "skipped")
-    assert [line["step"] for line in skipped] == [5, 6, 7, 8]
-    assert [sorted(line["sample_ids"]) for line in skipped[:2]] == [samples[5], samples[6]]
+    assert [line["step"] for line in skipped] == [5, 6, 7, 7, 8, 9]
+    assert [sorted(line["sample_ids"]) for line in skipped[:3]] == [*samples.values()]
     (rollback,) = happened(run, "rollback")
-    assert rollback["sample_ids"] == sorted(samples[5] + samples[6])
-    assert rollback["skipped"] == rollback["spikes"] == [5, 6]
+    assert rollback["sample_ids"] == sorted(i for ids in samples.values() for i in ids)
+    assert rollback["skipped"] == rollback["spikes"] == [5, 6, 7]
     found = rows(run)
     # Their lines went with the steps, but the step behind the rollback tells of them …
-    assert [row["step"] for row in found if row["skipped"]] == [7, 8]
-    assert found[4]["event"]["skipped"] == [5, 6]
+    assert [row["step"] for row in found if row["skipped"]] == [7, 8, 9]
+    assert found[4]["event"]["skipped"] == [5, 6, 7]
     # … and they count for good.
     counted = scalar(events(run), "train/skipped_steps")
-    assert [counted[step] for step in range(1, 9)] == [0, 0, 0, 0, 2, 2, 3, 4]
-    assert dict(facts(run))["steps"] == "8 of 8 (4 skipped)"
+    assert [counted[step] for step in range(1, 10)] == [0, 0, 0, 0, 3, 3, 4, 5, 6]
+    assert dict(facts(run))["steps"] == "9 of 9 (6 skipped)"
 
 
 def test_giving_up_is_an_event(trained: tuple[Path, list[dict[str, Any]]]) -> None:
     run, results = trained
     (event,) = happened(run, "gave_up")
-    assert (event["step"], event["spikes"]) == (8, [7, 8])
+    assert (event["step"], event["spikes"]) == (9, [7, 8, 9])
     assert event["reason"] in results[0]["gave_up"] == results[1]["gave_up"]
-    assert "A checkpoint of step 8 is saved" in results[0]["gave_up"]
+    assert "A checkpoint of step 9 is saved" in results[0]["gave_up"]
