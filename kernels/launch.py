@@ -20,9 +20,9 @@ class Launcher:
     Integers that are no `tl.constexpr` must be in the kernel's `do_not_specialize`.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        """Launch `kernel`, a `triton.jit` function."""
-        self._kernel = kernel
+    def __init__(self, kernel: Any, warps: int = 4) -> None:
+        """Launch `kernel`, a `triton.jit` function, with so many warps a program."""
+        self._kernel, self._warps = kernel, warps
         self._compiled: dict[tuple[Any, ...], Any] = {}
         # The interpreter's functions have no parameters.
         self._free = frozenset(
@@ -43,6 +43,6 @@ class Launcher:
         if compiled is not None:
             compiled[grid](*arguments)
             return
-        compiled = self._kernel[grid](*arguments)
+        compiled = self._kernel[grid](*arguments, num_warps=self._warps)
         if compiled is not None:
             self._compiled[key] = compiled

@@ -22,6 +22,9 @@ from kernels.rows import RowIndex, row_index, segment_sum
 Sink = Callable[[Tensor], None]
 """Takes the gradient of a batch's rows, [U, W] in their type."""
 
+Keep = Callable[[Tensor], Callable[[], Tensor]]
+"""Takes a tensor until the backward pass; returns what gives it back."""
+
 
 class _Modulate(torch.autograd.Function):
     @staticmethod
@@ -32,12 +35,15 @@ class _Modulate(torch.autograd.Function):
         residual_TW: Tensor | None,
         index: RowIndex,
         sink: Sink | None,
+        keep: Keep | None,
     ) -> Tensor:
+        saved = [x_TW] if keep is None else []
         if sink is None:
-            ctx.save_for_backward(x_TW, values_UW)
+            saved.append(values_UW)
         else:
-            ctx.save_for_backward(x_TW)
             ctx.values_UW = values_UW.detach()
+        ctx.save_for_backward(*saved)
+        ctx.kept = None if keep is None else keep(x_TW.detach())
         ctx.index, ctx.sink = index, sink
         ctx.has_residual = residual_TW is not None
         if x_TW.is_cuda:
@@ -52,7 +58,9 @@ class _Modulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TW: Tensor) -> tuple[Tensor | None, ...]:
         index, sink = ctx.index, ctx.sink
-        x_TW, values_UW = ctx.saved_tensors if sink is None else (*ctx.saved_tensors, ctx.values_UW)
+        saved = [] if ctx.kept is None else [ctx.kept()]
+        saved += ctx.saved_tensors
+        x_TW, values_UW = saved if sink is None else (*saved, ctx.values_UW)
         if grad_TW.is_cuda:
             from kernels.modulate_triton import modulate_backward_triton
 
@@ -69,9 +77,9 @@ class _Modulate(torch.autograd.Function):
                 grad_UW = values_UW
         residual = grad_TW if ctx.has_residual else None
         if sink is None:
-            return grad_x_TW, grad_UW, residual, None, None
+            return grad_x_TW, grad_UW, residual, None, None, None
         sink(grad_UW)
-        return grad_x_TW, None, residual, None, None
+        return grad_x_TW, None, residual, None, None, None
 
 
 def modulate(
@@ -80,6 +88,7 @@ def modulate(
     index: Tensor | RowIndex,
     residual_TW: Tensor | None = None,
     sink: Sink | None = None,
+    keep: Keep | None = None,
 ) -> Tensor:
     """Return residual + x * (1 + value of the token's row), [T, W], differentiable in all three.
 
@@ -93,8 +102,11 @@ def modulate(
         index: inverse_T int64 [T], or a `RowIndex` when several calls share it.
         residual_TW: added to the result, of the type of `x_TW`; None adds nothing.
         sink: gets the rows' gradient in place of autograd. It is written over the rows themselves,
-            so that it takes no memory: nothing else may use these rows.
+            so that it takes no memory: nothing else may use these rows (a block that runs again for
+            its backward pass may find the gradient there, and must not need the result).
+        keep: keeps `x_TW` for the rows' gradient in place of autograd. Under activation
+            checkpointing what is saved is recomputed, and x is the product of a whole matrix.
     """
     if not isinstance(index, RowIndex):
         index = row_index(index, values_UW.shape[0])
-    return _Modulate.apply(x_TW, values_UW, residual_TW, index, sink)  # type: ignore[no-any-return, no-untyped-call]
+    return _Modulate.apply(x_TW, values_UW, residual_TW, index, sink, keep)  # type: ignore[no-any-return, no-untyped-call]

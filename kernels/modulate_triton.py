@@ -1,12 +1,16 @@
 """Modulation on a GPU: the kernels of `kernels.modulate`.
 
-Forward: tiles of tokens. Backward: a program takes a piece of a row's tokens, of which all loads
-are under way at once, and writes their gradients; it sums the row's own gradient, too. Rows of
-several pieces get their sum from a second kernel, in the order of the pieces. So the bits depend on
-the input alone, and the most frequent id is no loop over hundreds of tokens.
+Forward: tiles of tokens. Backward: a program takes a piece of a row's tokens, a few at a time, as
+most rows have only a few and idle lanes cost as much as busy ones. It writes their gradients and
+sums the row's own. Rows of several pieces get their sum from a second kernel, in the order of the
+pieces. So the bits depend on the input alone, and the most frequent id is no loop over hundreds of
+tokens.
 """
 
 from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import Launcher
-from kernels.rows import PIECE, RowIndex
+from kernels.rows import RowIndex
 
 
 @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
@@ -57,7 +61,7 @@ def _modulate_backward_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     VALUES_STRIDE: tl.constexpr,
     GRAD_STRIDE: tl.constexpr,
-    PIECE_T: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     piece = pieces_ptr + tl.program_id(0) * 4
@@ -70,21 +74,23 @@ def _modulate_backward_kernel(  # type: ignore[no-untyped-def]
         inside = columns < WIDTH
         value = tl.load(values_ptr + row * VALUES_STRIDE + columns, mask=inside, other=0.0)
         value = value.to(tl.float32)[None, :]
-        places = start + tl.arange(0, PIECE_T)
-        tokens = tl.load(order_ptr + places, mask=places < stop, other=0)
-        mask = (places < stop)[:, None] & inside[None, :]
-        element = tokens[:, None] * WIDTH + columns[None, :]
-        grad = tl.load(grad_ptr + element, mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + element, mask, other=0.0).to(tl.float32)
-        grad_x = grad + grad * value
-        tl.store(grad_x_ptr + element, grad_x.to(grad_x_ptr.dtype.element_ty), mask)
-        total = tl.sum(grad * x, axis=0)
+        total = tl.zeros([BLOCK_W], dtype=tl.float32)
+        for at in range(start, stop, BLOCK_T):
+            places = at + tl.arange(0, BLOCK_T)
+            tokens = tl.load(order_ptr + places, mask=places < stop, other=0)
+            mask = (places < stop)[:, None] & inside[None, :]
+            element = tokens[:, None] * WIDTH + columns[None, :]
+            grad = tl.load(grad_ptr + element, mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + element, mask, other=0.0).to(tl.float32)
+            grad_x = grad + grad * value
+            tl.store(grad_x_ptr + element, grad_x.to(grad_x_ptr.dtype.element_ty), mask)
+            total += tl.sum(grad * x, axis=0)
         if slot >= 0:
             tl.store(partial_ptr + slot * WIDTH + columns, total, mask=inside)
         else:
             # Perhaps over the row itself, of which this program alone reads these columns.
-            at = grad_values_ptr + row * GRAD_STRIDE + columns
-            tl.store(at, total.to(grad_values_ptr.dtype.element_ty), mask=inside)
+            target = grad_values_ptr + row * GRAD_STRIDE + columns
+            tl.store(target, total.to(grad_values_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -117,9 +123,22 @@ def _long_rows_kernel(  # type: ignore[no-untyped-def]
         )
 
 
+class Tile(NamedTuple):
+    """What a program of the backward takes at a time."""
+
+    tokens: int
+    columns: int
+    warps: int
+
+
+TILE = Tile(2, 1024, 4)
 _forward = Launcher(_modulate_kernel)
-_backward = Launcher(_modulate_backward_kernel)
 _long_rows = Launcher(_long_rows_kernel)
+
+
+@cache
+def _backward(warps: int) -> Launcher:
+    return Launcher(_modulate_backward_kernel, warps)
 
 
 def modulate_triton(
@@ -148,6 +167,7 @@ def modulate_backward_triton(
     index: RowIndex,
     *,
     over_values: bool = False,
+    tile: Tile = TILE,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x [T, W] and of the rows [U, W]; see `kernels.modulate`.
 
@@ -159,6 +179,7 @@ def modulate_backward_triton(
         values_UW: of the forward pass.
         index: of the forward pass; cut into pieces here unless it is.
         over_values: write the rows' gradient over the rows.
+        tile: what a program takes at a time.
     """
     grad_TW, x_TW, unit_UW = grad_TW.contiguous(), x_TW.contiguous(), _unit_columns(values_UW)
     grad_x_TW = torch.empty_like(x_TW)
@@ -179,16 +200,17 @@ def modulate_backward_triton(
         if pieces.slots
         else grad_UW
     )
-    block_w = min(256, triton.next_power_of_2(width))
-    blocks, stride = -(-width // block_w), grad_UW.stride(0)
-    _backward(
-        (pieces.pieces_P4.shape[0], blocks, 1),
+    block_w = min(tile.columns, triton.next_power_of_2(width))
+    stride = grad_UW.stride(0)
+    _backward(tile.warps)(
+        (pieces.pieces_P4.shape[0], -(-width // block_w), 1),
         *(grad_TW, x_TW, unit_UW, index.order_T, pieces.pieces_P4, grad_x_TW, grad_UW, partial),
-        *(width, unit_UW.stride(0), stride, PIECE, block_w),
+        *(width, unit_UW.stride(0), stride, tile.tokens, block_w),
     )
     if pieces.slots:
+        block_w = min(256, triton.next_power_of_2(width))
         _long_rows(
-            (pieces.long_J3.shape[0], blocks, 1),
+            (pieces.long_J3.shape[0], -(-width // block_w), 1),
             *(partial, pieces.long_J3, grad_UW, width, stride, 8, block_w),
         )
     return grad_x_TW, grad_UW

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from launcher.components import accumulation, shape_of
 from launcher.config import RunConfig
@@ -52,11 +53,12 @@ class Machine:
         pcie: bytes/s between a GPU and host memory, each way.
         host_memory: bytes/s of a node's memory that a host-side optimizer reaches.
         hop: seconds that a message needs to another node; within one a tenth of it.
-        block_seconds: host time to launch a dense block's forward and backward: a floor for the
-            time of its kernels, as are the next three.
-        nsa_seconds: what NSA adds to that.
+        block_seconds: host time to launch a compiled dense block's forward and backward: a floor
+            for the time of its kernels, as are the next four.
+        eager_seconds: what a block that is not compiled adds.
+        nsa_seconds: what NSA adds.
         dynmoe_seconds: what DynMoE with its table adds.
-        ranks_seconds: what ZeRO-3's gathers and hooks add with more than one rank.
+        gathered_seconds: what ZeRO-3's hooks add where weights do not stay whole.
         reserve: share of a GPU's memory lost to fragmentation, the CUDA context and NCCL.
         efficiency: see `EFFICIENCY`.
     """
@@ -70,10 +72,11 @@ class Machine:
     pcie: float = 50e9
     host_memory: float = 250e9
     hop: float = 8e-6
-    block_seconds: float = 0.011
-    nsa_seconds: float = 0.009
-    dynmoe_seconds: float = 0.003
-    ranks_seconds: float = 0.008
+    block_seconds: float = 0.0045
+    eager_seconds: float = 0.0015
+    nsa_seconds: float = 0.006
+    dynmoe_seconds: float = 0.002
+    gathered_seconds: float = 0.004
     reserve: float = 0.08
     efficiency: Mapping[str, float] = field(default_factory=lambda: dict(EFFICIENCY))
 
@@ -142,6 +145,11 @@ class Job:
     def partition(self) -> int:
         """Parameters that a rank owns, ceil(n / W)."""
         return math.ceil(self.parameters / self.world)
+
+    @property
+    def resident(self) -> bool:
+        """Whether every rank keeps all weights (`engine.zero.resident_gib`)."""
+        return self.cfg.engine.keeps_resident(self.parameters, torch.bfloat16, self.world)
 
     @property
     def tokens(self) -> int:

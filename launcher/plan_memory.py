@@ -24,23 +24,30 @@ PROCESS_BYTES = 4 << 30
 def states(job: Job) -> dict[str, float]:
     """What a GPU holds throughout a step.
 
-    weights: c·n/W. gathered: whole weights in use, bounded by zero.max_live_parameters and by what
-    is used again within zero.max_reuse_distance (nothing is copied where W = 1). gradients: 4·n/W
-    (summed in fp32) and buckets of (c + 4) bytes. optimizer: 12·n/W (fp32 weight, two moments).
-    table: rows of the device tier.
+    weights: c·n/W. gathered: all of them where they stay (zero.resident_gib), else those in use,
+    bounded by zero.max_live_parameters and by what is used again within zero.max_reuse_distance
+    (nothing is copied where W = 1). gradients: 4·n/W (summed in fp32), and on their way buckets of
+    (c + 4) bytes, or with weights that stay c bytes of a block and of what is outside of the
+    blocks, and two blocks' and the outside's reductions of 4·(1 + 1/W) bytes. optimizer: 12·n/W
+    (fp32 weight, two moments). table: rows of the device tier.
     """
     n, part = job.parameters, job.partition
     zero, offload = job.cfg.engine.zero, job.cfg.engine.offload
     ahead = zero.prefetch_bucket_size + 2 * job.block_parameters
     live = min(n, zero.max_live_parameters, max(ahead, zero.max_reuse_distance // 2))
-    bucket = min(zero.reduce_bucket_size, n)
+    moving = (COMPUTE + 4.0) * min(zero.reduce_bucket_size, n)
+    if job.resident:
+        live = n
+        outside = n - job.block_parameters * job.shape.layers
+        moving = float(COMPUTE * (job.block_parameters + outside))
+        if job.world > 1:
+            moving += 4.0 * (1 + 1 / job.world) * (2 * job.block_parameters + outside)
     on_device = job.table_columns > 0 and job.cfg.model.deepembed.tier == "device"
     rows = math.ceil(job.shape.vocab / job.world)
     return {
         "weights": float(COMPUTE * part) if offload.params == "none" else 0.0,
         "weights gathered": float(COMPUTE * live) if job.world > 1 else 0.0,
-        "gradients": (4.0 * part if offload.optimizer == "none" else 0.0)
-        + (COMPUTE + 4.0) * bucket,
+        "gradients": (4.0 * part if offload.optimizer == "none" else 0.0) + moving,
         "optimizer": 12.0 * part if offload.optimizer == "none" else 0.0,
         "table": 4.0 * rows * job.table_columns if on_device else 0.0,
     }
@@ -155,7 +162,8 @@ def gpu_memory(job: Job) -> dict[str, float]:
     if job.cfg.engine.offload.optimizer != "none":
         return held | passing
     zero = job.cfg.engine.zero
-    stepping = 4.0 * min(job.partition, zero.sub_group_size)
+    # Where weights stay, the optimizer works on the sums themselves.
+    stepping = 0.0 if job.resident else 4.0 * min(job.partition, zero.sub_group_size)
     if stepping > sum(passing.values()):
         return held | {"optimizer's gradients": stepping}
     return held | passing

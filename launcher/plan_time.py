@@ -50,17 +50,19 @@ def within(job: Job, ranks: int, received: float) -> Flow:
 def communication(job: Job) -> dict[str, Flow]:
     """Bytes that a GPU receives in a step, by purpose.
 
-    zero: per pass two gathers of c·n (forward, backward) and a reduction of 4·n (reduce_dtype
-    fp32; 2·n for bf16). exchange: per block and pass c·t·((H + 2bG)·D + 3H)·(R - 1)/R there and
-    c·t·H·D·(R - 1)/R back, the same in the backward, once more with activation checkpoints; beyond
+    zero: per pass two gathers of c·n (forward, backward; one per step where weights stay) and a
+    reduction of 4·n (reduce_dtype fp32; 2·n for bf16). exchange: per block and pass
+    c·t·((H + 2bG)·D + 3H)·(R - 1)/R there and c·t·H·D·(R - 1)/R back, the same in the backward,
+    once more with activation checkpoints; beyond
     G, keys and values of the other rows, c·T·2bg·D·(m - 1)/m, too. tables: c·U·L·W there, the same
     back, from all ranks alike. Counts and norms are left out.
     """
     s, c, passes = job.shape, COMPUTE, job.micro_batches
     reduced = {"fp32": 4, "bf16": 2}[job.cfg.engine.zero.reduce_dtype]
-    gather, reduce = ring(job, 2.0 * c * job.parameters), ring(job, reduced * job.parameters)
+    gathers = 1.0 if job.resident else 2.0 * passes
+    gather, reduce = ring(job, c * job.parameters), ring(job, reduced * job.parameters)
     out = {
-        "zero gathers": Flow(passes * gather.nvlink, passes * gather.network),
+        "zero gathers": Flow(gathers * gather.nvlink, gathers * gather.network),
         "zero reductions": Flow(passes * reduce.nvlink, passes * reduce.network),
     }
     if job.group > 1:
@@ -118,7 +120,8 @@ def flow_seconds(job: Job, flow: Flow) -> float:
 def launch_seconds(job: Job) -> float:
     """Seconds that the host needs to launch a step: per block and pass, by its kinds."""
     machine = job.machine
-    block = machine.block_seconds + machine.ranks_seconds * (job.world > 1)
+    block = machine.block_seconds + machine.gathered_seconds * (not job.resident)
+    block += machine.eager_seconds * (not job.cfg.model.compile_blocks)
     block += machine.nsa_seconds * (job.shape.attention == "nsa")
     block += machine.dynmoe_seconds * (job.shape.ffn == "dynmoe")
     return block * job.shape.layers * job.micro_batches

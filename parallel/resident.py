@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,9 +63,13 @@ class _Slot:
     Attributes:
         whole_Wn: every rank's part, in the reduction's type.
         own_n: this rank's part, reduced.
-        pieces: for each parameter its pieces in `whole_Wn`, and (first, last) of the flattened
-            gradient that they take; None takes all of it as [W, P].
+        pieces: pieces of `whole_Wn`, and (first, last) of the flattened gradient that they take;
+            None takes all of it as [W, P].
+        owners: which of the unit's parameters each piece belongs to.
         results: for each parameter, its part of `own_n` without padding.
+        work: the reduction on its way.
+        unit: what it carries; None when it is free.
+        add: its results are added to the sums, else they replace them.
     """
 
     whole_Wn: Tensor
@@ -76,14 +80,6 @@ class _Slot:
     work: Any = None
     unit: _Unit | None = None
     add: bool = False
-
-
-@dataclass
-class _Ring:
-    """The slots of units of one shape, used in turn."""
-
-    slots: list[_Slot] = field(default_factory=list)
-    turn: int = 0
 
 
 class ResidentWeights:
@@ -106,7 +102,8 @@ class ResidentWeights:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._place_weights()
         self.units = self._make_units()
-        self._rings: dict[tuple[int, ...], _Ring] = {}
+        # By the sizes of their units' parameters.
+        self._slots: dict[tuple[int, ...], list[_Slot]] = {}
         self._in_flight: list[_Slot] = []
         self._add = False
         zero._partition_all_parameters = lambda: None
@@ -239,17 +236,17 @@ class ResidentWeights:
 
     def _slot(self, unit: _Unit) -> _Slot:
         """Buffers for the unit that no reduction needs any more."""
-        key = tuple(p.numel() for p in unit.parameters)
-        ring = self._rings.setdefault(key, _Ring())
-        if len(ring.slots) < RING:
-            ring.slots.append(self._new_slot(unit))
-        slot = ring.slots[ring.turn]
-        ring.turn = (ring.turn + 1) % RING
-        if slot.work is not None:
-            # All that was sent before it, too: the sums' order is that of the backward pass.
-            while slot.work is not None:
-                self._settle(self._in_flight.pop(0))
-        return slot
+        slots = self._slots.setdefault(tuple(p.numel() for p in unit.parameters), [])
+        for slot in slots:
+            if slot.unit is None:
+                return slot
+        if len(slots) < RING:
+            slots.append(self._new_slot(unit))
+            return slots[-1]
+        # In the order in which they were sent, so that sums never depend on what was free when.
+        while all(slot.unit is not None for slot in slots):
+            self._settle(self._in_flight.pop(0))
+        return next(slot for slot in slots if slot.unit is None)
 
     def _new_slot(self, unit: _Unit) -> _Slot:
         world, rank = self.mesh.world, self.mesh.rank

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Row tables on GPUs, the most telling part first, each within its own time:
-#   bash tests/gpu_tables.sh RESULTS [tests host device large ranks zero3]
+#   bash tests/gpu_tables.sh RESULTS [tests kernels host ranks nvme large device zero3]
 # `ranks` needs two GPUs; `large` needs host memory for a table of 103 GB (--vocab 32768 x 16), and is
 # where a checkpoint of it is written beside steps. Needs torch with CUDA in $PYTHON (python3).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=$1
 parts=("${@:2}")
-if ((${#parts[@]} == 0)); then parts=(tests host ranks large device zero3); fi
+if ((${#parts[@]} == 0)); then parts=(tests kernels host ranks nvme large device zero3); fi
 python=${PYTHON:-python3}
 mkdir -p "$results"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -28,13 +28,15 @@ bench() {
 
 tests() {
   timeout 70 "$python" -m pytest -m gpu -q tests/kernels/test_rows.py tests/parallel/test_tables_gpu.py \
-    tests/parallel/test_checkpoint_gpu.py -k 'rows or tables or table or modulate or segment' -p no:cacheprovider \
-    >"$results/tests.log" 2>&1
+    tests/parallel/test_checkpoint_gpu.py tests/tiny_onn/test_activations.py \
+    -k 'rows or tables or table or modulate or segment or kept' -p no:cacheprovider >"$results/tests.log" 2>&1
   local code=$?
   tail -n 15 "$results/tests.log" | cut -c1-250
   return $code
 }
-host() { bench host 110 --variants rows-host rows-nvme --turns 8 --steps 6 --trace "$results"; }
+kernels() { timeout 40 "$python" -m kernels.modulate_bench 2>&1 | tee "$results/kernels.txt"; }
+host() { bench host 80 --variants rows-host --turns 10 --steps 6; }
+nvme() { bench nvme 80 --variants rows-nvme --turns 6 --steps 5 --warm 12; }
 device() { bench device 60 --variants rows-device --turns 6 --steps 5; }
 large() {
   bench large 130 --variants rows-host --vocab 32768 --spreads 1 16 --turns 6 --steps 4 --save "$scratch"

@@ -68,7 +68,17 @@ for part in "$@"; do
         step 90 0,1 long1b-128k $large --train.global_batch 1 --train.micro_batch 1 \
             --data.seq_len 131072 --mesh.group 2 --model.activation_checkpointing recompute \
             --model.ffn.experts 8 --variants 'no deepembed' --settings resident --gpus 2 ;;
-    test) timeout 100 "$python" -m pytest -x -s -m gpu tests/tiny_onn/test_group_gpu.py 2>&1 | tail -30 ;;
+    quiet) # compiled blocks, larger passes, attention of equal documents by cuDNN; one GPU
+        # shellcheck disable=SC2086
+        step 40 0 quiet1b $large --train.global_batch 4 --train.micro_batch 2 \
+            --variants 'all dense' --settings compiled
+        # shellcheck disable=SC2086
+        step 60 0 quiet125m $small 8 --train.micro_batch 8 --variants 'all dense' sparse \
+            --settings compiled ;;
+    test) # right or wrong only: other work may run beside it
+        timeout 100 "$python" -m pytest -x -s -m gpu tests/tiny_onn/test_group_gpu.py 2>&1 | tail -30 ;;
+    attention)
+        timeout 60 "$python" -m pytest -x -q -m gpu tests/kernels/test_full_attention.py 2>&1 | tail -5 ;;
     *) echo "no part $part" ; exit 2 ;;
     esac
 done

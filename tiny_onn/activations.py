@@ -4,6 +4,9 @@
     recompute   each block's input stays on the device; the block runs again in the backward pass
     offload     each block's input goes to (pinned) host memory and comes back for that
 
+A tensor inside a block may be kept beside that (`Activations.keep`) where redoing it costs more
+than the way to host memory and back.
+
 On a GPU the copies run on a stream of their own, beside the next block's forward and, as the input
 of the block before is asked for one block early, beside a block's backward.
 
@@ -86,6 +89,56 @@ class _Away:
         self._back = x_TC, arrived
 
 
+class _Kept:
+    """A block's inner tensor that waits for the backward pass, on a GPU in host memory.
+
+    The newest stays where it is until the next one comes: the backward pass begins with it.
+    """
+
+    def __init__(self, x: Tensor, below: _Kept | None, stream: torch.cuda.Stream | None) -> None:
+        """Hold `x`; `below` is what the backward pass wants after this one."""
+        self._here: Tensor | None = x
+        self._below, self._stream = below, stream
+        self._host: Tensor | None = None
+        self._back: tuple[Tensor, torch.cuda.Event] | None = None
+        self._device = x.device
+
+    def leave(self) -> None:
+        """Go to host memory."""
+        x, stream = self._here, self._stream
+        if x is None or stream is None:
+            return
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            self._host.copy_(x, non_blocking=True)
+        x.record_stream(stream)
+        self._here = None
+
+    def take(self) -> Tensor:
+        """Return the tensor, once; the one below starts on its way back."""
+        x, self._here = self._here, None
+        if x is None:
+            self._fetch()
+            assert self._back is not None
+            (x, arrived), self._back = self._back, None
+            torch.cuda.current_stream(self._device).wait_event(arrived)
+        below, self._below = self._below, None
+        if below is not None:
+            below._fetch()
+        return x
+
+    def _fetch(self) -> None:
+        if self._back is not None or self._host is None or self._stream is None:
+            return
+        x = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
+        # Its memory may still be read by kernels of whoever had it before.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            x.copy_(self._host, non_blocking=True)
+        self._back, self._host = (x, self._stream.record_event()), None
+
+
 class Activations:
     """Runs the blocks of one forward pass, keeping of each what the setting says."""
 
@@ -95,6 +148,21 @@ class Activations:
         """Begin a forward pass."""
         self.kind = kind if torch.is_grad_enabled() else "none"
         self._last: _Away | None = None
+        self._kept: _Kept | None = None
+
+    def keep(self, x: Tensor) -> Callable[[], Tensor]:
+        """Keep a tensor of a block that is being run for the first time; of every block or none.
+
+        Returns:
+            What gives it back, once, in the backward pass.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            # The block runs again; what its backward pass uses was kept before.
+            return lambda: x
+        if self._kept is not None:
+            self._kept.leave()
+        self._kept = _Kept(x, self._kept, self._stream(x.device))
+        return self._kept.take
 
     def run(self, block: Callable[..., Tensor], x_TC: Tensor, *rest: Any) -> Tensor:
         """Return `block(x_TC, *rest)`."""

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kernels.modulate import Sink, modulate
+from kernels.modulate import Keep, Sink, modulate
 from kernels.rows import RowIndex, gather_rows, row_index, split_layers, unique_ids
 from parallel.table_layout import TableConfig
 
@@ -59,11 +59,13 @@ class LayerRows:
         values_UW: the layer's columns of the batch's unique rows.
         index: which of them each token uses.
         sink: gets their gradient in place of autograd; see `kernels.modulate`.
+        keep: keeps what is scaled for the backward pass, where recomputing it costs more.
     """
 
     values_UW: Tensor
     index: RowIndex
     sink: Sink | None = None
+    keep: Keep | None = None
 
 
 class DeepEmbedScale(nn.Module):
@@ -97,12 +99,13 @@ class DeepEmbedScale(nn.Module):
         index: Tensor | RowIndex,
         residual_TW: Tensor | None = None,
         sink: Sink | None = None,
+        keep: Keep | None = None,
     ) -> Tensor:
         """Return residual + x * (1 + delta), [T, W] in the type of `x_TW`.
 
         As x + x * delta: in bf16 1 + delta itself would lose every delta below 1/256.
         """
-        return modulate(x_TW, self._columns(values_UW), index, residual_TW, sink)
+        return modulate(x_TW, self._columns(values_UW), index, residual_TW, sink, keep)
 
     def _columns(self, values_UW: Tensor) -> Tensor:
         if values_UW.shape[1] == self.width:

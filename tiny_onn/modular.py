@@ -182,7 +182,8 @@ class Block(nn.Module):
             y_TC = self.ffn(h_TC, scale_TW, loss_scale, first)
         else:
             y_TC = self.ffn(h_TC, None, loss_scale, first)
-            return self.deepembed.modulate(y_TC, rows.values_UW, rows.index, x_TC, rows.sink)
+            values_UW, index, sink, keep = rows.values_UW, rows.index, rows.sink, rows.keep
+            return self.deepembed.modulate(y_TC, values_UW, index, x_TC, sink, keep)
         return x_TC + y_TC
 
     def _attend_compiled(
@@ -300,7 +301,7 @@ class TinyOnn(nn.Module):
         cos_TD, sin_TD = rope_tables(positions_T, attention.rope_dim, attention.rope_theta)
         activations = Activations(checkpointing_of(self.cfg.activation_checkpointing))
         for i, block in enumerate(self.blocks):
-            rows = self._layer_rows(layers, index, first_layer + i)
+            rows = self._layer_rows(layers, index, first_layer + i, activations)
             inputs = (cos_TD, sin_TD, docs, loss_scale, rows, first)
             if caches is not None:
                 x_TC = block(x_TC, *inputs, caches[i])
@@ -332,15 +333,23 @@ class TinyOnn(nn.Module):
         return x_TC, layers, index
 
     def _layer_rows(
-        self, layers: Sequence[Tensor] | None, index: RowIndex | None, part: int
+        self,
+        layers: Sequence[Tensor] | None,
+        index: RowIndex | None,
+        part: int,
+        activations: Activations,
     ) -> LayerRows | None:
         """Return what a layer needs of its rows, waiting for them if need be."""
         if layers is None or index is None:
             return None
-        sink = None
+        sink = keep = None
         if isinstance(layers, Parts) and self.cfg.deepembed.kind == "output":
             sink = layers.sink(part)
-        return LayerRows(layers[part], index, sink)
+            if sink is not None and activations.kind != "none" and self.cfg.ffn.kind == "dense":
+                # Nothing else needs a dense layer's output in the backward pass: kept, the last
+                # product of the layer is not redone.
+                keep = activations.keep
+        return LayerRows(layers[part], index, sink, keep)
 
     def new_caches(self) -> list[Cache]:
         """Return an empty decoding cache for every layer."""

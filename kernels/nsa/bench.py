@@ -128,7 +128,7 @@ def stages(  # noqa: PLR0915  (a list of launches)
                 dq, q, do, grad.partials if third else None, selected, token[0], spec.select,
                 (c * chunk, min(T, (c + 1) * chunk)), (k, v, token[2], token[3]),
                 (kw, vw, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
-                anything=configs.grad_q_any, branches=(first, second),
+                branches=(first, second),
             )  # fmt: skip
 
     def grad_window() -> tuple[Tensor, Tensor]:

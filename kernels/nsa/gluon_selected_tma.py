@@ -28,8 +28,7 @@ from kernels.nsa.gluon_interval import tile_descriptor, tile_layout
 def tile_entries(order_ptr, e, end, QUERIES: gl.constexpr):
     """List entries e, e + 1 … of a tile as numbers of their own, -1 beyond the end.
 
-    A warp that copies asks for them before it waits for a buffer: one after the other, each in
-    front of its copy, they were most of what it did.
+    All at once: each in front of its copy, one load would wait for the other.
     """
     entries = (gl.load(order_ptr + e, mask=e < end, other=-1),)
     for j in gl.static_range(1, QUERIES):

@@ -1,6 +1,6 @@
 """The shapes at which the kernels are compared with fp64 on a GPU.
 
-    python -m kernels.nsa.gpu_checks [--table '{"score_halves": true}'] [NUMBER ...]
+    python -m kernels.nsa.gpu_checks [--table '{"piece_backward": 256}'] [NUMBER ...]
 
 runs them side by side, optionally with other fields of the table of tiles.
 """

@@ -38,11 +38,9 @@ STAGE_OF = {
     "combine_rows": "forward selected+window+merge",
     "piece_forward": "forward of it selected",
     "grad_q": "backward dq+merge",
-    "grad_q_any": "backward dq+merge",
     "grad_kv": "backward compressed dkv",
     "window_grad_kv": "backward window dkv",
     "score": "forward importance+topk",
-    "score_halves": "forward importance+topk",
     "score_chunk": "forward importance+topk",
     "selected_forward": "forward of it selected",
     "selected_backward": "backward selected",
@@ -54,10 +52,8 @@ STAGE_OF = {
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "grad_q": (TileConfig(64, 64, 4, 2),),
     "window_forward": (TileConfig(64, 64, 4, 3), TileConfig(128, 64, 8, 3, True)),
-    "grad_q_any": (True,),
     "combine_rows": (8, 32),
     "score": tuple(TileConfig(*x) for x in ((64, 128, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3))),
-    "score_halves": (True,),
     "selected_forward": (
         TileConfig(64, 64, 4, 3), TileConfig(64, 64, 4, 3, True), TileConfig(64, 64, 4, 4, True),
     ),

@@ -33,8 +33,6 @@ class KernelConfigs:
     For the selected kernels BM counts rows (queries times heads of the group) and BN is
     not used: the keys are one selected block. Their Gluon kernels gather by threads with two
     stages, by the copy engine with more. `piece_*` are the queries that one program serves.
-    `score_halves` takes the exponentials of the importance two at a time in fp16. `grad_q_any` lets
-    the Gluon kernel of dq take shapes at which it was not checked on a GPU.
     `combine_rows` are the rows of one program that merges partials.
     """
 
@@ -53,8 +51,6 @@ class KernelConfigs:
     top_k_rows: int
     score_chunk: int
     partial_rows: int
-    score_halves: bool = False
-    grad_q_any: bool = False
 
 
 _HOPPER = KernelConfigs(

@@ -35,6 +35,9 @@ from kernels.nsa.triton_parts import (
     zero_parts,
 )
 
+GLUON_CHECKED = {(16, 128), (8, 128), (4, 128), (1, 128), (16, 64), (4, 64), (2, 64)}
+"""Query heads per group and head dim at which the Gluon kernel was compared with fp64 on a GPU."""
+
 
 @triton.jit
 def _dq_step(
@@ -266,7 +269,6 @@ def interval_grad_q(
     scale: float,
     config: TileConfig,
     *,
-    anything: bool = False,
     branches: tuple[bool, bool] = (True, True),
 ) -> None:
     """Write to dq_THD the gradient of the tokens [begin, end) through the branches.
@@ -280,9 +282,10 @@ def interval_grad_q(
     k1, v1, low1, high1 = compressed
     k2, v2, low2, high2 = window
     G, DV = v1.shape[1:]
-    # The shapes at which the Gluon kernel was checked against fp64 on a GPU.
-    checked = anything or (D == 128 and H == 16 * G and T % 64 == 0)
-    if config.gluon and checked and D == DV and gluon_takes(q_THD, do_THD, k1, v1, k2, v2):
+    # A tile that ends before its rows do reads what follows: zeros, or an earlier chunk's leavings.
+    whole = T % 64 == 0 or tokens == (0, T)
+    checked = D == DV and (H // G, D) in GLUON_CHECKED and whole
+    if config.gluon and checked and gluon_takes(q_THD, do_THD, k1, v1, k2, v2):
         from kernels.nsa.gluon_interval_grad_q import launch
 
         launch(

@@ -166,7 +166,6 @@ def run_backward(
             dq, q, do, slc_grad.partials, selected, token[0], spec.select,
             (c * chunk, min(T, (c + 1) * chunk)), (kc, vc, token[2], token[3]),
             (k_win, v_win, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
-            anything=configs.grad_q_any,
         )  # fmt: skip
     dk_slc, dv_slc = slc_grad.keys_and_values()
     dk_win, dv_win = interval_grad_kv(

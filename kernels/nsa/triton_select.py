@@ -25,31 +25,6 @@ from kernels.nsa.triton_parts import gather_parts, load_parts, part_widths, row_
 
 
 @triton.jit
-def exp2_halves(x):
-    """2^x of two numbers at a time, rounded to fp16 before and after.
-
-    The exponential unit takes as long for a tile of scores as the tensor cores; this halves it. The
-    rounding, 2^-12 of x, is well below what rounding the keys to 16 bits does to a score.
-    """
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 pair;
-        .reg .b16 low, high;
-        cvt.rn.f16x2.f32 pair, $3, $2;
-        ex2.approx.f16x2 pair, pair;
-        mov.b32 {low, high}, pair;
-        cvt.f32.f16 $0, low;
-        cvt.f32.f16 $1, high;
-        }""",
-        "=f,=f,f,f",
-        [x],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
 def importance_kernel(
     q_src,
     k_ptr,
@@ -78,7 +53,6 @@ def importance_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     TMA: tl.constexpr,
-    HALVES: tl.constexpr,
 ):
     """Fold a tile of probabilities, summed over the group's heads, to selected blocks.
 
@@ -104,10 +78,7 @@ def importance_kernel(
             q = load_parts(q_src, first, q_column, stride_qt, chunk_end, D, BD, BX, BM, TMA, True)
             lse = tl.load(lse_ptr + (head + h) * T + rows, mask=inside, other=0.0)
             s = row_products(q, k)
-            if HALVES:
-                acc += exp2_halves(s * scale_log2 - lse[:, None])
-            else:
-                acc += tl.exp2(s * scale_log2 - lse[:, None])
+            acc += tl.exp2(s * scale_log2 - lse[:, None])
         low = tl.load(low_ptr + rows, mask=inside, other=0)
         high = tl.load(high_ptr + rows, mask=inside, other=0)
         visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
@@ -255,7 +226,6 @@ def select_blocks(
             BM=tile.BM,
             BN=tile.BN,
             TMA=tma,
-            HALVES=configs.score_halves,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -78,7 +78,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [[300], [1, 63, 64, 65, 107]])
+@pytest.mark.parametrize("lengths", [[300], [150, 150], [1, 63, 64, 65, 107]])
 @pytest.mark.parametrize(("D", "E"), [(64, 64), (64, 32)])
 def test_full_attention_on_a_gpu_equals_the_definition(lengths, D, E):
     leaves = inputs(300, 8, 2, D, E, torch.bfloat16)

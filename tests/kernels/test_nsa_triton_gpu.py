@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
+from kernels.nsa import triton_config
 from kernels.nsa.gpu_checks import CHECKS
 from kernels.nsa.triton_api import nsa_attention_triton
 from kernels.nsa.triton_check import Case, compare, random_case
@@ -45,6 +47,17 @@ def test_errors_stay_within_twice_those_of_plain_bf16(
     arguments: dict[str, Any], poisoned: None
 ) -> None:
     report = compare(random_case(**arguments), nsa_attention_triton)
+    assert report.failures() == []
+
+
+@pytest.mark.parametrize("tokens", [1024, 1000])
+def test_many_chunks_of_tokens_are_as_right_as_one(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Partials of the selected branch are held for a chunk of tokens at a time: here for 256."""
+    table = replace(triton_config.kernel_configs(), partial_rows=256 * 16 * 16)
+    monkeypatch.setattr(triton_config, "_HOPPER", table)
+    report = compare(random_case([100, tokens - 100], 16, 1, 128), nsa_attention_triton)
     assert report.failures() == []
 
 

@@ -76,9 +76,16 @@ def test_pairs_are_the_capacity_that_the_expert_layer_takes(tiny: RunConfig) -> 
 
 
 def test_states_by_hand(tiny: RunConfig) -> None:
-    planned = job(tiny, per_node=4)
+    gathered = {"engine__zero__resident_gib": 0.0}
+    planned = job(tiny, per_node=4, **gathered)
     n = planned.parameters
     part = -(-n // 4)
+    whole = states(job(tiny, per_node=4))
+    block = planned.block_parameters
+    outside = n - 2 * block
+    assert whole["weights gathered"] == 2 * n
+    moving = 2 * (block + outside) + 4 * 1.25 * (2 * block + outside)
+    assert whole["gradients"] == 4 * part + moving
     assert states(planned) == {
         "weights": 2 * part,
         "weights gathered": 2 * n,
@@ -133,8 +140,10 @@ def test_checkpoints_keep_inputs_only_and_offload_two_of_them(tiny: RunConfig) -
 
 
 def test_traffic_by_hand(tiny: RunConfig) -> None:
-    planned = job(tiny, nodes=2, per_node=4, train__global_batch=32)
+    layout: dict[str, Any] = {"nodes": 2, "per_node": 4, "train__global_batch": 32}
+    planned = job(tiny, **layout, engine__zero__resident_gib=0.0)
     n = planned.parameters
+    assert communication(job(tiny, **layout))["zero gathers"].total == 2 * n * 7 / 8
     flow = ring(planned, 800.0)
     assert flow.total == 700 and flow.network == 100
     assert planned.micro_batches == 2
@@ -155,8 +164,8 @@ def test_traffic_by_hand(tiny: RunConfig) -> None:
 
 
 def test_times_add_up_and_follow_the_machine(tiny: RunConfig) -> None:
-    host = dict.fromkeys(("block_seconds", "nsa_seconds", "dynmoe_seconds"), 0.0)
-    slow = Machine(**host, ranks_seconds=0.0, hop=0.0)
+    launches = ("block", "eager", "nsa", "dynmoe", "gathered")
+    slow = Machine(**{f"{part}_seconds": 0.0 for part in launches}, hop=0.0)
     planned = replace(job(tiny), machine=slow)
     fast = replace(planned, machine=replace(slow, peak_flops=2 * slow.peak_flops))
     for name, seconds in compute_seconds(planned).items():

@@ -67,3 +67,22 @@ def test_offloaded_inputs_come_back_bitwise_and_free_the_gpu() -> None:
         assert torch.equal(f, w), name
     # Of six inputs of 64 MiB two are there at a time.
     assert less < whole - 2 * 32_768 * 512 * 4
+
+
+@pytest.mark.gpu
+def test_kept_tensors_come_back_bitwise_and_free_the_gpu() -> None:
+    shape, count = (32_768, 512), 6
+    mib = 64 * 2**20
+    activations = Activations("recompute")
+    tensors = [torch.randn(shape, device="cuda") for _ in range(2)]
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        taken = []
+        for i in range(count):
+            taken.append(activations.keep(tensors[i % 2] * (i + 1)))
+        for i in reversed(range(count)):
+            assert torch.equal(taken[i](), tensors[i % 2] * (i + 1)), i
+        torch.cuda.synchronize()
+        # The newest, and two on their way.
+        assert torch.cuda.max_memory_allocated() - before < 4.5 * mib

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.rows import row_index, split_layers, unique_ids
 from parallel.mesh import Mesh
 from parallel.tables import RowTable
-from tiny_onn.deepembed import DeepEmbedConfig, DeepEmbedScale, DeepEmbedTable
+from tiny_onn.activations import Activations
+from tiny_onn.deepembed import DeepEmbedConfig, DeepEmbedScale, DeepEmbedTable, LayerRows
 
 LAYERS, WIDTH, VOCABULARY, TOKENS = 3, 8, 21, 40
 MESH = Mesh(0, 1, 0, 1, torch.device("cpu"), 1, 1)
@@ -76,6 +78,52 @@ def test_every_way_to_apply_the_scale_gives_the_same_loss_and_gradients(variant)
         results.append([loss.detach(), values.grad, *[p.grad.clone() for p in stack.parameters()]])
     for ours, other in zip(*results, strict=True):
         torch.testing.assert_close(ours, other)
+
+
+class CountProducts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_kept_output_is_not_computed_again_and_changes_no_bit():
+    ids, x = batch()
+    torch.manual_seed(0)
+    down = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+    results = []
+    for kind in ("none", "recompute", "kept"):
+        table = RowTable("t", VOCABULARY, LAYERS * WIDTH, MESH, DeepEmbedConfig(), groups=LAYERS)
+        for i in range(LAYERS):
+            table.draw_part(i, 0.3, i)
+        down.zero_grad()
+        rows = table.fetch(ids)
+        activations = Activations("recompute" if kind == "kept" else kind)
+        keep = activations.keep if kind == "kept" else None
+
+        def block(x, i, own):
+            y, scale = down[i](x.tanh()), DeepEmbedScale(i, WIDTH)
+            return scale.modulate(y, own.values_UW, own.index, x, own.sink, own.keep)
+
+        h = x.clone().requires_grad_()
+        with CountProducts() as products:
+            y = h * 1.0
+            for i in range(LAYERS):
+                sink = rows.parts.sink(i)
+                own = LayerRows(rows.parts[i], rows.lookup, sink, keep)
+                y = activations.run(block, y, i, own)
+            y.square().mean().backward()
+        table.accumulate(rows)
+        grads = [rows.gradient.wait(i).clone() for i in range(LAYERS)]
+        results.append([products.count, y, h.grad, *grads, *(p.grad for p in down.parameters())])
+        table.close()
+    plain, recomputed, kept = results
+    assert recomputed[0] == plain[0] + LAYERS and kept[0] == plain[0]
+    for other in (recomputed, kept):
+        assert all(torch.equal(a, b) for a, b in zip(plain[1:], other[1:], strict=True))
 
 
 def test_small_delta_survives_bf16():
