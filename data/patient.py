@@ -133,7 +133,8 @@ class PatientDownloader:
                 # The next attempt opens a new connection.
                 self.clean_up()
                 away = time.monotonic() - start
-                if away >= self._patience:
+                if left <= 0:
+                    # This attempt was the last one, begun when patience had ended.
                     raise TransientError(
                         f"{e} (tried for {away:.0f} s; data.patience is {self._patience:.0f} s)"
                     ) from e

@@ -176,7 +176,7 @@ def test_patience_bounds_the_wait_for_a_store_and_its_end_is_told_from_a_wrong_a
     with pytest.raises(StoreAwayError, match=r"cannot fetch .*data\.patience is 2 s"):
         fetch(f"s3://{BUCKET}/never", tmp_path / "never", patience=2)
     # An attempt, or a few, but not botocore's and boto3's on top of each.
-    assert 2 <= time.monotonic() - start < 12
+    assert 2 <= time.monotonic() - start < 30
     if cut == Flaky.close:
         flaky.open()
         with pytest.raises(DataError) as wrong:

@@ -27,7 +27,7 @@ def test_losses_are_the_stored_ones(kinds: str, tmp_path: Path) -> None:
     build(recipe, tmp_path / "corpus", seq_len=64)
     words = ["--train.steps", "10", "--train.evaluate_every", "0", "--train.sample_every", "0"]
     words += ["--checkpoint.every", "0", "--data.validation_split", "train"]
-    # The stored losses are of a model that does not explore; test_dynmoe.py has who explores what.
+    # The stored losses are of a model that does not explore; test_experts_router.py has that.
     words += ["--model.ffn.explore_share", "0"]
     if kinds == "dense":
         words += ["--model.attention.kind", "full", "--model.ffn.kind", "dense"]

@@ -204,7 +204,7 @@ def test_an_endpoint_with_credentials_does_not_reach_the_log_while_the_store_is_
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(patient, "FIRST_PAUSE", 0.1)
     with pytest.raises(StoreAwayError):
-        fetch("s3://bucket/index.json", tmp_path / "index.json", patience=4)
+        fetch("s3://bucket/index.json", tmp_path / "index.json", patience=0.3)
     assert "trying again" in logged.getvalue()
     assert "***@127.0.0.1" in logged.getvalue()
     assert CANARY not in logged.getvalue()
