@@ -26,7 +26,7 @@ class Documents:
         if not lengths or min(lengths) < 1:
             raise ValueError(f"documents need a token at least, got lengths {list(lengths)[:8]}")
         self.lengths = tuple(int(n) for n in lengths)
-        self.device = torch.device(device)
+        self.device = _indexed(device)
         self._parts: dict[tuple[int, int], tuple[int, Documents]] = {}
 
     @classmethod
@@ -41,7 +41,7 @@ class Documents:
 
     def to(self, device: torch.device | str) -> Documents:
         """Return the same boundaries with their tensors on another device."""
-        device = torch.device(device)
+        device = _indexed(device)
         return self if device == self.device else Documents(self.lengths, device)
 
     @cached_property
@@ -105,3 +105,11 @@ class Documents:
     def block_counts(self, length: int, stride: int) -> tuple[int, ...]:
         """Full overlapping blocks of `length` tokens every `stride` tokens, per document (host)."""
         return tuple(0 if n < length else (n - length) // stride + 1 for n in self.lengths)
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    """Name the device as its tensors do: "cuda" is the current one, "cuda:0" or another."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
