@@ -202,7 +202,7 @@ def test_input_embedding_in_the_rows_is_planned_and_exported_bit_for_bit(
     rows_too = ["--model.tie_embeddings", "false", "--model.embedding_partition", "rows"]
     assert plan([str(path), "--gpus-per-node", "2", *rows_too]) in (0, None)
     assert "in the table" in capsys.readouterr().out
-    steps = [*SHORT, "--train.steps", "2"]
+    steps = [*SHORT, "--train.steps", "3"]
     result = two_ranks.run(trained, path, [*steps, *rows_too], timeout=400)[0]
     assert checkpoint_verb(["export", str(tmp_path / "runs" / "tiny"), str(out)]) == 0
     weight = load_file(out / "deepembed.safetensors")["weight"]
