@@ -63,7 +63,7 @@ def measure(a: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
             "unique_bytes": row_bytes,
         }
     }
-    engine = build_engine(a, mesh, DeepEmbedConfig(kind="output", partition="rows"))
+    engine = build_engine(a, mesh, DeepEmbedConfig(keep_output=a.keep_output))
     plain = Subject(engine, batches)
     plain.turn(2)
     with quiet():
@@ -259,6 +259,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--ranks", type=int, default=1)
     p.add_argument("--kernel", choices=("auto", "compiled", "torch"), default="auto")
     p.add_argument("--threads", type=int, default=0)
+    p.add_argument(
+        "--keep-output", action="store_true", help="layers' outputs in host memory, not redone"
+    )
     p.add_argument("--nvme", default="", help="folder for the nvme tier; a temporary one if empty")
     p.add_argument(
         "--cache", type=float, default=0.25, help="share of rows cached by the nvme tier"

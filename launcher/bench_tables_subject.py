@@ -237,6 +237,7 @@ def table_config(a: argparse.Namespace, variant: str, spread: int) -> DeepEmbedC
     return DeepEmbedConfig(
         tier=tier,
         kernel=a.kernel,
+        keep_output=a.keep_output,
         threads=a.threads,
         nvme_path=a.nvme,
         cache_rows=round(a.cache * a.vocab * spread / int(os.environ.get("WORLD_SIZE", "1"))),

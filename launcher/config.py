@@ -121,6 +121,7 @@ MAY_CHANGE = (
     "model.deepembed.cache_rows",
     "model.deepembed.direct",
     "model.deepembed.io_threads",
+    "model.deepembed.keep_output",
     "model.deepembed.nvme_path",
     "model.deepembed.threads",
     "model.deepembed.tier",

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Row tables on GPUs, the most telling part first, each within its own time:
-#   bash tests/gpu_tables.sh RESULTS [tests kernels host ranks nvme large device zero3]
+#   bash tests/gpu_tables.sh RESULTS [tests kernels host keep ranks nvme large device zero3]
 # `ranks` needs two GPUs; `large` needs host memory for a table of 103 GB (--vocab 32768 x 16), and is
 # where a checkpoint of it is written beside steps. Needs torch with CUDA in $PYTHON (python3).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=$1
 parts=("${@:2}")
-if ((${#parts[@]} == 0)); then parts=(tests kernels host ranks nvme large device zero3); fi
+if ((${#parts[@]} == 0)); then parts=(tests kernels host keep ranks nvme large device zero3); fi
 python=${PYTHON:-python3}
 mkdir -p "$results"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -36,6 +36,7 @@ tests() {
 }
 kernels() { timeout 40 "$python" -m kernels.modulate_bench 2>&1 | tee "$results/kernels.txt"; }
 host() { bench host 80 --variants rows-host --turns 10 --steps 6; }
+keep() { bench keep 80 --variants rows-host --turns 10 --steps 6 --keep-output; }
 nvme() { bench nvme 80 --variants rows-nvme --turns 6 --steps 5 --warm 12; }
 device() { bench device 60 --variants rows-device --turns 6 --steps 5; }
 large() {

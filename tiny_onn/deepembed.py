@@ -34,10 +34,15 @@ class DeepEmbedConfig(TableConfig):
         kind: "off", "output" (the FFN's output) or "hidden" (its hidden channels).
         partition: "rows" (dealt over the ranks, only touched rows move) or "zero3" (a parameter
             like any other; `tier`, `transport`, `optimizer` and what belongs to them are unused).
+        keep_output: under activation checkpointing of dense feed-forward layers, keep what is
+            scaled in (pinned) host memory for the rows' gradient rather than redo a layer's last
+            product. Takes layers x tokens x width numbers there and changes no bit; only with kind
+            `output` and partition `rows`.
     """
 
     kind: Literal["off", "output", "hidden"] = "output"
     partition: Literal["rows", "zero3"] = "rows"
+    keep_output: bool = False
 
     def validate(self) -> None:
         """Raise ValueError, naming the key, when a value cannot be meant."""

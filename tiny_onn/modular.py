@@ -347,9 +347,9 @@ class TinyOnn(nn.Module):
         sink = keep = None
         if isinstance(layers, Parts) and self.cfg.deepembed.kind == "output":
             sink = layers.sink(part)
-            if sink is not None and activations.kind != "none" and self.cfg.ffn.kind == "dense":
-                # Nothing else needs a dense layer's output in the backward pass: kept, the last
-                # product of the layer is not redone.
+            dense = self.cfg.ffn.kind == "dense" and self.cfg.deepembed.keep_output
+            if sink is not None and dense and activations.kind != "none":
+                # Nothing else needs a dense layer's output in the backward pass.
                 keep = activations.keep
         return LayerRows(layers[part], index, sink, keep)
 
