@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Host time of the training step on a machine of two GPUs: settings beside each other, each part with
 # a limit, lines as they come, figures and traces in the folder given.
-#   bash tests/step_gpu.sh OUT [PART ...]     parts: dense two sparse pair sparse1b group long quiet
+#   bash tests/gpu_step.sh OUT [PART ...]     parts: dense two sparse pair sparse1b group long quiet
 #                                             attention test
 set -u
 cd "$(dirname "$0")/.."
