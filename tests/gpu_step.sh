@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Host time of the training step on a machine of two GPUs: settings beside each other, each part with
 # a limit, lines as they come, figures and traces in the folder given.
-#   bash tests/step_gpu.sh OUT [PART ...]     parts: see below
+#   bash tests/gpu_step.sh OUT [PART ...]     parts: dense two sparse pair sparse1b group long quiet
+#                                             attention test
 set -u
 cd "$(dirname "$0")/.."
 out=$1
@@ -18,7 +19,8 @@ step() { # LIMIT GPUS NAME arguments of bench step
     echo "== $name (at $SECONDS s)"
     CUDA_VISIBLE_DEVICES=$gpus timeout "$limit" "$python" -m launcher bench step "$@" \
         --json "$out/$name.json" 2>"$out/$name.err" | tee "$out/$name.log" | cut -c1-260
-    [ "${PIPESTATUS[0]}" = 0 ] || { echo "$name: rc ${PIPESTATUS[0]} after $SECONDS s"; tail -5 "$out/$name.err"; }
+    local rc=${PIPESTATUS[0]}
+    [ "$rc" = 0 ] || { echo "$name: rc $rc after $SECONDS s"; tail -5 "$out/$name.err"; }
 }
 
 [ $# -gt 0 ] || set -- dense two sparse pair
