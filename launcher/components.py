@@ -108,6 +108,7 @@ class Components:
         self.watchdog.close()
         self.metrics.close()
         self.loader.close()
+        self.engine.close()
         if self.table is not None:
             self.table.close()
 

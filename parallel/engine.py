@@ -124,7 +124,7 @@ class Engine:
         deepspeed = load_deepspeed(mesh)
         if cfg.offload.uses_nvme:
             require_async_io(deepspeed)
-        # The lock lasts as long as the engine, or the process.
+        # The lock lasts until the engine is closed, or its process ends.
         swap, self._swap_lock = prepare_swap_folder(cfg, run, mesh)
         config = deepspeed_config(cfg, self.dtype, self.device, swap, None)
         self.module = build_partitioned(deepspeed, build_model, cfg, config, self.dtype, mesh)
@@ -163,6 +163,11 @@ class Engine:
         self._norm = 0.0
         self._accept: Callable[[float], bool] | None = None
         self._join_norms()
+
+    def close(self) -> None:
+        """Give the run's swap folder free; with NVMe offload the engine is of no use afterwards."""
+        if self._swap_lock is not None:
+            self._swap_lock.close()
 
     @property
     def lr(self) -> float:
