@@ -50,7 +50,7 @@ preflight() {
 
 # run_job: runs ARGUMENTS, which guard_start has set (CONFIG [overrides]); does not return.
 run_job() {
-  if [[ -n ${SLURM_ARRAY_TASK_ID:-} && "$*" == *%a* ]]; then
+  if [[ -n ${SLURM_ARRAY_TASK_ID:-} && "${ARGUMENTS[*]}" == *%a* ]]; then
     # Every element trains a run of its own.
     ARGUMENTS=("${ARGUMENTS[@]//%a/$SLURM_ARRAY_TASK_ID}") ARRAY_IS_ONE_RUN=0
   fi
