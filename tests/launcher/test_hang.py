@@ -148,8 +148,10 @@ def test_a_rank_that_holds_the_interpreter_lock_is_ended_and_has_its_stacks(
     monkeypatch.setattr(hang_watch, "PATIENCE", 1.0)
     code = """
 import ctypes
+libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_lock(mutex)
 def holds_the_lock():
-    ctypes.PyDLL(None).sleep(600)
+    libc.pthread_mutex_lock(mutex)  # unlike sleep(), it does not return when a signal comes
 holds_the_lock()
 """
     said, report = hang(tmp_path, code, 1, capfd)
