@@ -63,7 +63,7 @@ class Mesh:
 
     @property
     def group_rank(self) -> int:
-        """Which KV groups this rank works on, 0 <= group_rank < group."""
+        """Which part of a sequence this rank holds, 0 <= group_rank < group."""
         return self.rank % self.group
 
     @property
