@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
         print(summary(folder.root))
         return 0
     try:
+        config.validate(cfg)
         accumulation(cfg, world_size(cfg.launch), ranks_per_node(cfg.launch))
         prepare_corpus(cfg, node)
         cfg = resolved(cfg)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from launcher import config, plan_verb
-from launcher.config import RunConfig
+from launcher.config import ConfigError, RunConfig
 from launcher.plan_job import GIB, Job, Machine
 from launcher.plan_memory import (
     PARTIAL_ROWS,
@@ -337,5 +337,11 @@ def test_the_verb_prints_every_part_and_writes_it(
     fits = [*words[:1], "--nodes", "8", "--mesh.group", "4"]
     assert plan_verb.main(fits) == 0
     assert "group exchange" in capsys.readouterr().out
+    for option, number in (("--nodes", "0"), ("--gpus-per-node", "0"), ("--peak", "-1")):
+        with pytest.raises(SystemExit):
+            plan_verb.main([*words[:1], option, number])
+        assert f"argument {option}: {number} must be" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"mesh\.group is 0: set it to 1"):
+        plan_verb.main([*words[:1], "--mesh.group", "0"])
     with pytest.raises(ValueError, match="neither divides the 4 KV groups"):
         plan_verb.main([*words[:1], "--mesh.group", "3"])
