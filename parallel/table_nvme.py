@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from kernels.rows_step import RowKernels
 from parallel.table_cache import SlotCache
 from parallel.table_exchange import Exchange
 from parallel.table_layout import RowLayout, TableConfig, TableError
+from parallel.table_memory import cores_near, host_memory, on_cores
 from parallel.table_tiers import RESERVE, Fields, available_host_bytes, refuse_unless_fits
 
 SECTOR = 512
@@ -157,7 +157,13 @@ class NvmeTier:
     """Rows of one owner in a `RecordFile`, reached through a `SlotCache` in host memory."""
 
     def __init__(
-        self, path: Path, rows: int, layout: RowLayout, cfg: TableConfig, kernels: RowKernels
+        self,
+        path: Path,
+        rows: int,
+        layout: RowLayout,
+        cfg: TableConfig,
+        kernels: RowKernels,
+        cores: frozenset[int] = frozenset(),
     ) -> None:
         """Make the file and the cache; every row is zero and takes no reading until it is written.
 
@@ -167,6 +173,7 @@ class NvmeTier:
             layout: fields of a row.
             cfg: cache_rows, io_threads and direct.
             kernels: count checksums.
+            cores: whose node the cache's memory is taken from; none to leave it to the kernel.
         """
         self.device = torch.device("cpu")
         self.layout, self.rows, self.path = layout, rows, path
@@ -176,7 +183,7 @@ class NvmeTier:
         self._file = RecordFile(path, rows, self.record_bytes, cfg)
         self._buffer, self._words_SR = self._records(cached)
         # Touched now, so that a lack of memory shows here.
-        self._words_SR.zero_()
+        on_cores(cores, self._words_SR.zero_)
         self._checksums = Checksums(self._words_SR.shape[1], kernels)
         self._cache = SlotCache(rows, cached)
         self._written = torch.zeros(rows, dtype=torch.bool)
@@ -276,7 +283,7 @@ class NvmeTier:
 
     def _records(self, count: int) -> tuple[memoryview, Tensor]:
         """Return page-aligned memory of `count` records, as bytes and as words int64 [count, R]."""
-        memory = mmap.mmap(-1, max(1, count) * self.record_bytes)
+        memory = host_memory(max(1, count) * self.record_bytes)
         words = torch.frombuffer(memory, dtype=torch.int64)
         return memoryview(memory), words.view(-1, self.record_bytes // 8)[:count]
 
@@ -319,4 +326,4 @@ def open_nvme_tier(
         int(available_host_bytes() * (1 - RESERVE)),
         "set a smaller cache_rows",
     )
-    return NvmeTier(path, rows, layout, cfg, kernels)
+    return NvmeTier(path, rows, layout, cfg, kernels, cores_near(exchange.mesh.device))
