@@ -1,7 +1,6 @@
 """Row tables equal a dense table, at any number of ranks, and repeat bit for bit."""
 
 import gc
-import time
 import weakref
 from dataclasses import replace
 
@@ -10,13 +9,10 @@ import torch
 
 from kernels.modulate import modulate
 from kernels.rows import gather_rows
-from kernels.rows_step import TorchRows
 from parallel.mesh import Mesh
 from parallel.table_batch import Parts
-from parallel.table_exchange import Exchange, Plan
-from parallel.table_gradient import BatchGradient, StepGradient
+from parallel.table_exchange import Exchange
 from parallel.table_layout import TableConfig, TableError
-from parallel.table_tiers import TierThread
 from parallel.tables import RowTable
 from tests.parallel.table_runs import (
     SINGLE,
@@ -392,43 +388,3 @@ def test_gradients_of_micro_batches_add_up_by_row():
     assert index.tolist() == [2, 5, 1]
     assert part_of(0)[:, 0].tolist() == [5.0, 18.0, 8.0]
     assert float(table.grad_sq_norm()) == 2 * (25 + 324 + 64)
-
-
-def test_rows_of_micro_batches_find_their_place_without_a_question_to_the_device():
-    # Tensors of "meta" have no numbers: whoever asks for one, as which rows are new, fails.
-    device, shape = torch.device("meta"), (3, 2)
-    thread = TierThread("t", device, device)
-    gradient = StepGradient(9, shape, device, device, thread, TorchRows())
-    for wanted in ([2, 5], [2], [1, 5]):
-        plan = Plan(len(wanted), [], [], torch.tensor(wanted), None)
-        batch = BatchGradient(Exchange("t", 9, SINGLE), plan, shape, None)
-        gradient.begin(batch)
-        for k in (2, 1, 0):
-            batch.parts[k] = torch.empty(len(wanted), 2, device=device)
-            batch.sent(k)
-    rows_P, part_of = gradient.rows()
-    assert rows_P.tolist() == [2, 5, 1]
-    assert [part_of(k).shape for k in range(3)] == [(3, 2)] * 3
-    gradient.clear()
-    assert bool((gradient._place_of_row == -1).all())
-
-
-def step_seconds(table: RowTable, ids: torch.Tensor) -> float:
-    start = time.process_time()  # a busy machine makes a step longer, but no dearer
-    batch = table.fetch(ids)
-    gather_rows(batch.whole(), batch.lookup).sum().backward()
-    table.accumulate(batch)
-    table.grad_sq_norm()
-    table.step(0.01)
-    table.flush()
-    return time.process_time() - start
-
-
-def test_cost_does_not_grow_with_the_number_of_rows():
-    tables = [RowTable("t", rows, 64, SINGLE, TableConfig()) for rows in (8192, 8192 * 16)]
-    ids = Run(rows=4096, tokens=2048).ids(0, 0, 0)
-    # In turns, so that whatever else the machine does hits both alike.
-    times = [[step_seconds(table, ids) for table in tables] for _ in range(16)]
-    small, large = (min(column) for column in zip(*times, strict=True))
-    print(f"V x 16: step time x {large / small:.3f} ({small * 1e3:.2f} ms)")
-    assert large < 2.0 * small
