@@ -57,7 +57,7 @@ def test_losses_and_rows_equal_the_dense_reference(world, accumulation):
         )
         for name in OPTIMIZERS
     ]
-    cases.append(replace(cases[1], groups=3))
+    cases += [replace(cases[1], groups=3), replace(cases[1], groups=3, sink=True)]
     for run, results in zip(cases, run_all(cases, world), strict=True):
         losses, weight = dense_reference(run, world)
         got = torch.tensor([result.losses for result in results])
