@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import Mock, patch
 
 import torch
 
+from kernels.nsa import nsa_attention, triton_api
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_api import nsa_attention_triton
 from kernels.nsa.triton_check import compare, random_case
@@ -80,6 +82,39 @@ def operator() -> list[str]:
     return [n for n, a, b in zip(names, *results, strict=True) if not torch.equal(a, b)]
 
 
+def later_queries() -> list[str]:
+    """Attend with the queries from the middle of a document on, as the blocked path does."""
+    case = random_case([86, 3], 1, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
+    first = 72
+    late = [x.detach()[first:].requires_grad_() for x in (case.tensors[0], case.tensors[7])]
+    tensors = [late[0], *case.tensors[1:7], late[1], *case.tensors[8:]]
+    results, distances = [], []
+    for implementation in ("triton", "blocked"):
+        stats: dict[str, torch.Tensor] = {}
+        out = nsa_attention(
+            *case.arguments(tensors), first=first, implementation=implementation, stats=stats
+        )  # type: ignore[call-overload]
+        results.append([out, *torch.autograd.grad(out, tensors, torch.ones_like(out))])
+        distances.append(stats["selected_distance"])
+    # The rows in front are queries of zero: their ties would choose the lowest blocks.
+    bad = [] if torch.allclose(*distances) else [f"distances {distances}"]
+    names = ("out", *case.names)
+    return bad + [
+        name
+        for name, a, b in zip(names, *results, strict=True)
+        if name != "phi_k.position" and not (a - b).norm() < 1e-4 * b.norm()
+    ]
+
+
+def asked_once() -> list[str]:
+    """Count how often a call is looked at before it is launched: that is time of the host."""
+    case = random_case([20], 1, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
+    counted = Mock(wraps=triton_api.supports)
+    with patch.object(triton_api, "supports", counted):
+        nsa_attention(*case.arguments(), implementation="triton")  # type: ignore[arg-type]
+    return [] if counted.call_count == 1 else [f"asked {counted.call_count} times"]
+
+
 def heads_per_group(n: int) -> list[str]:
     """Check n query heads in each of two groups, or in one where there are many."""
     groups = 2 if n < 4 else 1
@@ -115,6 +150,8 @@ CASES: dict[str, Callable[[], list[str]]] = {
     ),
     "two runs are bitwise equal": repeats,
     "strided inputs": strided,
+    "queries from the middle of a document on": later_queries,
+    "a call is looked at once": asked_once,
     "eager calls equal the custom operator": operator,
 }  # fmt: skip
 
