@@ -49,11 +49,6 @@ def visible_pairs(docs: Documents, spec: NsaSpec) -> tuple[float, float, float]:
     return compressed, selected, window
 
 
-def dense_pairs(docs: Documents) -> float:
-    """(query, key) pairs of causal attention over every document."""
-    return sum(n * (n + 1) / 2 for n in docs.lengths)
-
-
 def stages(  # noqa: PLR0915  (a list of launches)
     case: Case, configs: Any = None
 ) -> tuple[dict[str, Stage], dict[str, Stage]]:
