@@ -22,7 +22,6 @@ from kernels.nsa.triton_api import supports
 from kernels.nsa.triton_check import dense_reference, random_case
 from kernels.nsa.triton_config import kernel_configs
 from kernels.nsa.triton_layout import packed_layout
-from launcher.plan_memory import PARTIAL_ROWS
 from tests.kernels.nsa_triton_worker import CASES, SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -101,11 +100,6 @@ def test_benchmark_counts_the_pairs_that_the_oracle_sees() -> None:
         for i, mask in enumerate((p[:, 0] > 0, in_selected & causal, near & causal)):
             seen[i] += int(mask.sum())
     assert visible_pairs(case.docs, SMALL) == tuple(seen)
-
-
-def test_planned_memory_counts_the_partials_that_the_kernels_hold() -> None:
-    for dim in (64, 128, 192):
-        assert kernel_configs(dim).partial_rows == PARTIAL_ROWS
 
 
 def test_sweep_varies_fields_of_the_table_and_takes_the_fastest() -> None:
