@@ -23,8 +23,8 @@ from kernels.rows_step import RowKernels
 from parallel.table_batch import TOGETHER, RowMemory
 from parallel.table_exchange import Exchange, Plan
 from parallel.table_layout import TableError
-from parallel.table_memory import moved
 from parallel.table_tiers import TierThread
+from parallel.transfer import to_device
 
 
 class BatchGradient:
@@ -306,7 +306,7 @@ class StepGradient:
         self._rows.append(fresh_rows)
         self._used = end
         self._thread.submit(lambda: self._reserve(end))
-        return moved(places_N, self._device), moved(fresh_N, self._device)
+        return to_device(places_N, self._device), to_device(fresh_N, self._device)
 
     def _add(self, batch: BatchGradient, k: int, places_N: Tensor, fresh_N: Tensor) -> None:
         def work() -> None:

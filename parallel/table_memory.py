@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -71,16 +70,6 @@ def bind(cores: frozenset[int]) -> None:
     """Keep the calling thread, and those that it starts from now on, on these cores."""
     if cores:
         os.sched_setaffinity(0, cores)
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of host memory on `device`; a GPU gets it when it comes to it, unwaited for.
-
-    From memory that is not pinned, a copy would wait for all work that the GPU has been given.
-    """
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pci_address(device: torch.device) -> str | None:
