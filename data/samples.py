@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ class Samples(StreamingDataset):
         if error is not None:
             self.failure = error
             self._end_threads()
+
+    def _prepare_thread(self, it: Any) -> None:
+        with _counted(it):
+            super()._prepare_thread(it)
+
+    def _ready_thread(self, it: Any) -> None:
+        with _counted(it):
+            super()._ready_thread(it)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Bring a shard here; a failure is raised in every process and thread that wants it.
@@ -162,6 +171,19 @@ class Samples(StreamingDataset):
         # There are none before the first iteration.
         if hasattr(self, "_event"):
             self._event.set()
+
+
+@contextmanager
+def _counted(it: Any) -> Iterator[None]:
+    """Count a background thread that fails among those that ended.
+
+    Streaming counts only those that end well, and waits for ever for two that failed.
+    """
+    try:
+        yield
+    except BaseException:
+        it.on_exit()
+        raise
 
 
 class Site:

@@ -164,8 +164,7 @@ def _lacking(words: Sequence[Word]) -> dict[int, str]:
         for entry in word.collectives:
             group, number = entry["group"], entry["number"]
             begun[group][word.rank] = max(number, begun[group].get(word.rank, 0))
-            sizes = f" of {entry['sizes']}" if entry["sizes"] else ""
-            names[group, number] = f"{entry['operation']}{sizes}, number {number} of {group}"
+            names[group, number] = _named(entry)
     waiting: set[int] = set()
     behind: dict[int, str] = {}
     for group, numbers in begun.items():
@@ -183,8 +182,12 @@ def _common_place(words: Sequence[Word]) -> str:
     last = [w.collectives[-1] for w in words if w.collectives]
     if not last:
         return "no collective was recorded"
-    texts = dict.fromkeys(f"{e['operation']}, number {e['number']} of {e['group']}" for e in last)
-    return "; ".join(texts)
+    return "; ".join(dict.fromkeys(_named(entry) for entry in last))
+
+
+def _named(entry: Mapping[str, Any]) -> str:
+    sizes = f" of {entry['sizes']}" if entry["sizes"] else ""
+    return f"{entry['operation']}{sizes}, number {entry['number']} of {entry['group']}"
 
 
 def report(logs: Path, attempt: str, world: int) -> tuple[Path, str]:

@@ -15,6 +15,7 @@ from data.index import DataError, read_index
 from data.loader import PackedLoader
 from data.packing import IGNORED, Batch
 from data.stored import open_corpus
+from data.streaming_shim import StreamingDataset
 from tests.data.conftest import SEQ_LEN, Loaders, data_config
 
 
@@ -369,6 +370,20 @@ def test_a_flipped_bit_is_found_before_a_sample_of_the_shard_is_used(
     for shard in (copied / "train").glob("*.mds"):
         flip(shard)
     with pytest.raises(DataError, match=r"(?s)shard\.\d+\.mds is damaged: SHA-256 .*data build"):
+        loader.next_step()
+
+
+@pytest.mark.timeout(60)
+def test_two_background_threads_that_fail_end_the_stream(
+    corpus: Path, open_loader: Loaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("the cable is out")
+
+    loader = open_loader(corpus)
+    for thread in ("_prepare_thread", "_ready_thread"):
+        monkeypatch.setattr(StreamingDataset, thread, fails)
+    with pytest.raises(DataError, match="the cable is out"):
         loader.next_step()
 
 

@@ -64,6 +64,11 @@ def test_a_stopped_process_is_late_whatever_it_had_begun() -> None:
     assert (verdict.late, verdict.reason) == ((1,), "process is stopped by a signal")
 
 
+def test_what_the_others_wait_in_is_told_where_the_stopped_one_left_no_word_of_its_own() -> None:
+    verdict = judge([word(0, {"world": 4}), Word(1, "n1", "T")])
+    assert (verdict.late, verdict.waits) == ((1,), "op4 of [[4]], number 4 of world")
+
+
 def test_a_rank_without_a_word_is_late() -> None:
     verdict = judge([word(0, {"world": 9}), Word(1, "")])
     assert verdict.late == (1,)
@@ -73,7 +78,7 @@ def test_a_rank_without_a_word_is_late() -> None:
 def test_nobody_is_late_where_all_are_in_the_same_place() -> None:
     verdict = judge([word(0, {"world": 9}), word(1, {"world": 9})])
     assert verdict.late == ()
-    assert verdict.waits == "op9, number 9 of world"
+    assert verdict.waits == "op9 of [[4]], number 9 of world"
 
 
 def hang(
