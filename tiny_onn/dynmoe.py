@@ -151,11 +151,18 @@ class DynMoeConfig:
                 "ffn.explore_share must lie in 0 … 1 and ffn.idle_share above 0 and up to 1, found "
                 f"{self.explore_share} and {self.idle_share}"
             )
-        for key in ("init_std", "logit_std", "dead_window"):
-            if getattr(self, key) <= 0:
+        for key in ("init_std", "logit_std", "dead_window", "router_temperature"):
+            if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"ffn.{key} must be above 0, found {getattr(self, key)}")
-        for key in ("surrogate_width", "router_coefficient", "controller_gain", "balance_gain"):
-            if getattr(self, key) < 0:
+        for key in (
+            "surrogate_width",
+            "router_kl_weight",
+            "router_ce_weight",
+            "router_coefficient",
+            "controller_gain",
+            "balance_gain",
+        ):
+            if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"ffn.{key} must not be negative, found {getattr(self, key)}")
         self.surprise_spec()
 
