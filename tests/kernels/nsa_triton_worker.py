@@ -88,6 +88,22 @@ def operator() -> list[str]:
     return [n for n, a, b in zip(names, *results, strict=True) if not torch.equal(a, b)]
 
 
+def compiled() -> list[str]:
+    """Let torch.compile capture and differentiate the public call, compiling nothing."""
+    case = random_case([3, 20], 1, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
+
+    def call(q: torch.Tensor) -> torch.Tensor:
+        rest = case.arguments()[1:]
+        return nsa_attention(q * 1.0, *rest, implementation="triton") * 2.0  # type: ignore[arg-type]
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        out = function(case.tensors[0])
+        results.append([out, *torch.autograd.grad(out, case.tensors, torch.ones_like(out))])
+    names = ("out", *case.names)
+    return [n for n, a, b in zip(names, *results, strict=True) if not torch.equal(a, b)]
+
+
 def described(results: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
     """What torch.compile relies on: dtype, shape and strides of every result."""
     return [(x.dtype, tuple(x.shape), x.stride()) for x in results]
@@ -205,6 +221,7 @@ CASES: dict[str, Callable[[], list[str]]] = {
     ),
     "shared keys and values": lambda: check([40], heads=2, groups=1, dim=16, layout="shared"),
     "decoding gives the rows of the forward": decoding,
+    "the public call compiles as one graph": compiled,
     "fakes promise what the kernels give": partial(fakes, 130, 2, dim=16),
     "fakes of other widths without a map": partial(
         fakes, 20, 1, dim=48, value_dim=16, mean=True

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from kernels.nsa import triton_config
-from kernels.nsa.checks import CHECKS, case_of
+from kernels.nsa import nsa_attention, triton_config
+from kernels.nsa.checks import CHECKS, blocked, case_of
 from kernels.nsa.triton_api import nsa_attention_triton
 from kernels.nsa.triton_check import Case, compare, random_case
 from kernels.nsa.triton_layout import packed_layout
@@ -48,6 +48,19 @@ def test_errors_stay_within_twice_those_of_plain_bf16(
 ) -> None:
     report = compare(case_of(arguments, "cuda"), nsa_attention_triton)
     assert report.failures() == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"lengths": [33, 1300], "heads": 16, "groups": 4, "dim": 128, "layout": "model"},
+        {"lengths": [1, 15, 63, 65, 1200], "heads": 4, "groups": 2, "dim": 64, "mean": True},
+    ],
+    ids=str,
+)
+def test_torch_operations_are_as_right_as_plain_bf16(arguments: dict[str, Any]) -> None:
+    """What runs where the kernels do not."""
+    assert compare(case_of(arguments, "cuda"), blocked).failures() == []
 
 
 @pytest.mark.parametrize("tokens", [1024, 1000])
@@ -90,6 +103,19 @@ def test_compiled_call_is_one_graph_and_changes_no_bit() -> None:
 
     plain = call(q)
     compiled = torch.compile(call, fullgraph=True)(q)
+    assert torch.equal(plain, compiled)
+    for a, b in zip(gradients(case, plain), gradients(case, compiled), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_public_call_compiles_as_one_graph_and_changes_no_bit() -> None:
+    case = random_case([200, 300], 8, 2, 64, layout="model")
+
+    def call(q: Tensor) -> Tensor:
+        return nsa_attention(q * 1.0, *case.arguments()[1:]) * 2.0  # type: ignore[arg-type]
+
+    plain = call(case.tensors[0])
+    compiled = torch.compile(call, fullgraph=True)(case.tensors[0])
     assert torch.equal(plain, compiled)
     for a, b in zip(gradients(case, plain), gradients(case, compiled), strict=True):
         assert torch.equal(a, b)

@@ -111,7 +111,14 @@ def test_parts_on_a_gpu_equal_the_whole() -> None:
         rows = slice(first, stop)
         whole = nsa_attention(*case.call)[rows]
         kv = (kc, vc, ks, vs, kw, vw)
-        found = nsa_attention_part(q[rows], kv, phi_k, phi_v, gates[rows], docs, spec, first)
+        stats: dict[str, torch.Tensor] = {}
+        distance: dict[str, torch.Tensor] = {}
+        part = (q[rows], kv, phi_k, phi_v, gates[rows], docs, spec, first)
+        found = nsa_attention_part(*part, stats=stats)
+        begin, seen = docs.seen_by(first, stop)
+        late = (*(x[begin:stop] for x in kv), phi_k, phi_v, gates[rows], seen, spec)
+        nsa_attention(q[rows], *late, first=first - begin, implementation="blocked", stats=distance)
+        assert torch.allclose(*(x["selected_distance"] for x in (stats, distance)), rtol=1e-2)
         # Other tiles, other rounding; a selection that a near tie turns may move single rows.
         assert float((found - whole).float().norm() / whole.float().norm()) < 2e-2
         full = full_attention(q, kw, vw, docs)[rows]

@@ -66,8 +66,21 @@ def test_the_way_there_and_back_equals_one_rank(four_ranks: Ranks, group: int, g
             assert max(errors) < 1e-12, (total, errors)
 
 
+def _shared_gradient(mesh: Mesh, parts: tuple[float, ...]) -> list[float]:
+    """Gradient of keys that four ranks share, in bf16, when rank r sends parts[r] for each."""
+    exchange = GroupExchange(replace(mesh, data=1, group=4), 1)
+    share = exchange.share(10)
+    k_nG = torch.zeros(share.row_total, 1, dtype=torch.bfloat16, requires_grad=True)
+    (k_TG,) = exchange.gather_rows(share, k_nG)
+    (grad,) = torch.autograd.grad(k_TG, k_nG, torch.full_like(k_TG, parts[mesh.rank]))
+    assert grad.dtype == torch.bfloat16
+    return sorted(set(grad.flatten().tolist()))
+
+
 def test_gradients_of_shared_keys_are_added_in_fp32(four_ranks: Ranks) -> None:
-    # Summed in bf16 the four parts would be off by up to 2 of their last places.
+    """In bf16 256 + 1 is 256, and so is 256 + 1 + 1 + 1; 259 rounds to 260."""
+    for grads in four_ranks.run(_shared_gradient, (256.0, 1.0, 1.0, 1.0)):
+        assert grads == [260.0]
     for output, dq, dk in four_ranks.run(_exchange, 4, 1, 40, torch.bfloat16):
         assert output == 0.0 and dq == 0.0
         assert dk < 0.15
