@@ -27,7 +27,7 @@ bench() {
 }
 
 tests() {
-  timeout 70 "$python" -m pytest -m gpu -q tests/kernels/test_rows.py tests/parallel/test_tables_gpu.py \
+  timeout 110 "$python" -m pytest -m gpu -q tests/kernels/test_rows.py tests/parallel/test_tables_gpu.py \
     tests/parallel/test_checkpoint_gpu.py tests/tiny_onn/test_activations.py \
     -k 'rows or tables or table or modulate or segment or kept' -p no:cacheprovider >"$results/tests.log" 2>&1
   local code=$?

@@ -32,7 +32,7 @@ def test_tiers_train_as_on_the_cpu_and_repeat_bitwise(tmp_path, tier, accumulati
         cfg,
         # More parts than travel together, and not a multiple of them.
         groups=6,
-        width=96,
+        width=192,
         prefetch="within",
         accumulation=accumulation,
         steps=30,
@@ -53,7 +53,7 @@ def test_tiers_train_as_on_the_cpu_and_repeat_bitwise(tmp_path, tier, accumulati
 
 @pytest.mark.parametrize("sink", [False, True], ids=["leaves", "handed over"])
 def test_bf16_rows_come_from_fp32_ones(sink):
-    run = Run(dtype=torch.bfloat16, groups=3, width=96, prefetch="within", sink=sink)
+    run = Run(dtype=torch.bfloat16, groups=3, width=192, prefetch="within", sink=sink)
     low, high = train_one(MESH, run), train_one(MESH, replace(run, dtype=torch.float32))
     torch.testing.assert_close(
         torch.tensor(low.losses), torch.tensor(high.losses), rtol=2e-2, atol=2e-2
@@ -63,7 +63,7 @@ def test_bf16_rows_come_from_fp32_ones(sink):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_train_as_two_ranks_on_the_cpu_and_repeat_bitwise(tmp_path):
     disk = TableConfig(tier="nvme", nvme_path=str(tmp_path), cache_rows=30, direct=False)
-    base = Run(groups=6, width=96, prefetch="within", accumulation=2, steps=20)
+    base = Run(groups=6, width=192, prefetch="within", accumulation=2, steps=20)
     runs = [
         replace(base, cfg=cfg, sink=sink)
         for cfg in (TableConfig(), TableConfig(tier="device"), disk)
