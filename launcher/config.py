@@ -147,7 +147,8 @@ MAY_CHANGE = (
     "train.sample_",
     "train.trace_",
 )
-"""Keys that a resumed run may change: they alter neither the losses nor what a checkpoint holds."""
+"""Keys that a resumed run may change: they alter the losses by no more than rounding (rows on a
+GPU are stepped by other kernels than those in host memory), and not what a checkpoint holds."""
 
 
 def parser() -> jsonargparse.ArgumentParser:

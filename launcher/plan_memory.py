@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from launcher.plan_job import Job
+from parallel.table_snapshot import COPIES_SHARE
 from tiny_onn.activations import checkpointing_of
 
 COMPUTE = 2
@@ -197,7 +198,9 @@ def host_memory(job: Job) -> dict[str, float]:
     optimizer: 12·n/W per rank when offloaded to cpu, and 4·n/W of gradients when offloaded at all.
     weights: c·n/W. table: V/W rows of all fields in fp32 (host tier), or its cache (nvme).
     activations: L - 2 block inputs, and what DeepEmbed scales of L - 1 blocks (keep_output).
-    checkpoint: one copy of the states that is being written.
+    checkpoint: one copy of the states that is being written, with the rows of a table on the
+    device; of a table elsewhere at most a quarter of the rows in host memory, those that change
+    before they are read.
     """
     offload, part = job.cfg.engine.offload, job.partition
     kind = checkpointing_of(job.cfg.model.activation_checkpointing)
@@ -210,6 +213,7 @@ def host_memory(job: Job) -> dict[str, float]:
     # As TinyOnn decides it.
     scaled = de.keep_output and de.kind == "output" and de.partition == "rows"
     scaled = scaled and kind != "none" and job.shape.ffn == "dense"
+    copied = {"host": COPIES_SHARE, "nvme": COPIES_SHARE, "device": 1.0}[de.tier]
     rank = {
         "optimizer": 12.0 * part if offload.optimizer == "cpu" else 0.0,
         "gradients": 4.0 * part if offload.optimizer != "none" else 0.0,
@@ -217,7 +221,7 @@ def host_memory(job: Job) -> dict[str, float]:
         "table": {"host": 1.0, "nvme": min(cached, 1.0), "device": 0.0}[de.tier] * table,
         "block inputs": float(away) if kind == "offload" else 0.0,
         "DeepEmbed's inputs": float((layers - 1) * rows_C) if scaled else 0.0,
-        "checkpoint": 12.0 * part + table,
+        "checkpoint": 12.0 * part + copied * table,
         "processes": float(PROCESS_BYTES),
     }
     return {name: job.per_node * value for name, value in rank.items()}

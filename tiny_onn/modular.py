@@ -337,7 +337,8 @@ class TinyOnn(nn.Module):
             x_TC: Tensor = self.embedding(ids_T)
         else:
             assert layers is not None and index is not None
-            x_TC = gather_rows(layers[0], index)
+            # Rows that travel in fp32 meet weights in the compute type.
+            x_TC = gather_rows(layers[0], index).to(self.norm.weight.dtype)
         if self.deepembed_table is not None:
             values_UW, index = self.deepembed_table(ids_T)
             layers = split_layers(values_UW, self.cfg.layers)

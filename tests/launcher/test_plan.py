@@ -111,6 +111,18 @@ def test_states_by_hand(tiny: RunConfig) -> None:
     assert device["table"] == 4 * 256 * (64 + 64 + 2 + 1)
 
 
+def test_a_checkpoint_copies_a_table_on_the_device_and_reads_others_where_they_are(
+    tiny: RunConfig,
+) -> None:
+    table = 4 * 256 * (64 + 64 + 2 + 1)
+    off = host_memory(job(tiny, model__deepembed__kind="off"))
+    for tier, share in (("device", 1.0), ("host", 0.25), ("nvme", 0.25)):
+        copies = host_memory(
+            job(tiny, model__deepembed__tier=tier, model__deepembed__nvme_path="/local")
+        )["checkpoint"]
+        assert copies - off["checkpoint"] == pytest.approx(2 * share * table), tier
+
+
 def test_saved_tensors_by_hand(tiny: RunConfig) -> None:
     planned = job(tiny)
     t, C, H, G, D, b, g = 128, 32, 4, 2, 16, 3, 2
