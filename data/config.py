@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -130,6 +131,8 @@ class DataConfig:
         for key in ("cache_gb", "patience"):
             if getattr(self, key) < 0:
                 raise ValueError(f"data.{key} must not be negative, got {getattr(self, key)}")
+        if math.isinf(self.cache_gb):
+            raise ValueError("data.cache_gb must be finite, got inf; 0 is no limit")
         if self.shuffle_seed < 0 or self.canonical_nodes < 0:
             raise ValueError(
                 "data.shuffle_seed and data.canonical_nodes must not be negative, got "

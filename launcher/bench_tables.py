@@ -36,6 +36,7 @@ from launcher.bench_tables_subject import (
     text_ids,
 )
 from launcher.bench_turns import compare, quiet
+from launcher.options import whole
 from parallel.checkpoint_files import write_tensors
 from parallel.engine import EngineConfig
 from parallel.host_buffers import HostBuffers
@@ -250,19 +251,27 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: tiny-onn bench tables --check --json tables.json --nvme /local/scratch",
     )
     p.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    p.add_argument("--layers", type=int, default=12)
-    p.add_argument("--width", type=int, default=2048)
-    p.add_argument("--vocab", type=int, default=65536)
+    p.add_argument("--layers", type=whole(1), default=12)
+    p.add_argument("--width", type=whole(1), default=2048)
+    p.add_argument("--vocab", type=whole(1), default=65536)
     p.add_argument(
-        "--spreads", type=int, nargs="+", default=[1], help="rows of the tables per id: V x this"
+        "--spreads",
+        type=whole(1),
+        nargs="+",
+        default=[1],
+        help="rows of the tables per id: V x this",
     )
-    p.add_argument("--tokens", type=int, default=8192, help="per rank and step")
-    p.add_argument("--span", type=int, default=32, help="words of text that follow each other")
-    p.add_argument("--turns", type=int, default=10, help="pairs of turns, without and with table")
-    p.add_argument("--steps", type=int, default=6, help="steps of a turn, after one off the clock")
-    p.add_argument("--ranks", type=int, default=1)
+    p.add_argument("--tokens", type=whole(1), default=8192, help="per rank and step")
+    p.add_argument("--span", type=whole(1), default=32, help="words of text that follow each other")
+    p.add_argument(
+        "--turns", type=whole(1), default=10, help="pairs of turns, without and with table"
+    )
+    p.add_argument(
+        "--steps", type=whole(1), default=6, help="steps of a turn, after one off the clock"
+    )
+    p.add_argument("--ranks", type=whole(1), default=1)
     p.add_argument("--kernel", choices=("auto", "compiled", "torch"), default="auto")
-    p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--threads", type=whole(0), default=0)
     p.add_argument(
         "--keep-output", action="store_true", help="layers' outputs in host memory, not redone"
     )
@@ -270,7 +279,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cache", type=float, default=0.25, help="share of rows cached by the nvme tier"
     )
-    p.add_argument("--warm", type=int, default=60, help="batches that fill the cache beforehand")
+    p.add_argument(
+        "--warm", type=whole(0), default=60, help="batches that fill the cache beforehand"
+    )
     p.add_argument(
         "--trace", type=Path, help="folder for a trace of two steps of each rows variant"
     )

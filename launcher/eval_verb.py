@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher import config
 from launcher.lifecycle import RunError, RunFolder
+from launcher.options import whole
 from launcher.ranks import launch
 
 
@@ -31,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
         epilog="examples: tiny-onn eval runs/demo --step 200; tiny-onn eval runs/demo --follow",
     )
     p.add_argument("run", type=Path, help="run folder")
-    p.add_argument("--step", type=int, help="checkpoint to take; the newest verified one if absent")
+    p.add_argument(
+        "--step", type=whole(1), help="checkpoint to take; the newest verified one if absent"
+    )
     p.add_argument(
         "--follow",
         action="store_true",
@@ -44,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         default=3600.0,
         help="with --follow: seconds without a new checkpoint after which to end",
     )
-    p.add_argument("--sequences", type=int, default=0, help="held-out sequences; 0 takes all")
+    p.add_argument("--sequences", type=whole(0), default=0, help="held-out sequences; 0 takes all")
     a = p.parse_args(argv)
     if a.follow:
         if a.step is not None:

@@ -5,6 +5,7 @@ Shapes: N rows at hand, W columns of a row's weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -73,10 +74,11 @@ class TableConfig:
                 raise ValueError(f"table: {key} {value!r} is none of {', '.join(allowed)}")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"table: betas {self.betas} must lie in [0, 1)")
-        if not (self.eps > 0 and self.lr_multiplier >= 0 and self.weight_decay >= 0):
+        finite = max(self.eps, self.lr_multiplier, self.weight_decay) < math.inf
+        if not (finite and self.eps > 0 and self.lr_multiplier >= 0 and self.weight_decay >= 0):
             raise ValueError(
                 f"table: eps {self.eps} must be positive, lr_multiplier {self.lr_multiplier} and "
-                f"weight_decay {self.weight_decay} must not be negative"
+                f"weight_decay {self.weight_decay} must not be negative, and all finite"
             )
         if self.cache_rows < 0 or self.io_threads < 1 or self.threads < 0:
             raise ValueError(

@@ -74,12 +74,17 @@ def cross_entropy_sum(x_TC: Tensor, weight_VC: Tensor, labels_T: Tensor, chunk: 
         weight_VC: head weight [V, C], same dtype.
         labels_T: int64 [T], IGNORE where there is nothing to predict.
         chunk: tokens whose logits exist at once (liger-kernel chooses its own number, so that a
-            chunk's logits take about the memory of `x_TC`).
+            chunk's logits take about the memory of `x_TC`); at least 1.
+
+    Raises:
+        ValueError: no token in a chunk.
 
     On a GPU liger-kernel's fused linear cross entropy does the work where it is installed (extra
     `gpu`); it forms the same gradients ahead, with the log-sum-exp in fp32 and the weight's
     gradient summed in fp32, and scales them by the upstream scalar in the backward.
     """
+    if chunk < 1:
+        raise ValueError(f"cross entropy over chunks of {chunk} tokens: at least 1 is needed")
     if x_TC.is_cuda and _liger_is_installed():
         from liger_kernel.transformers.fused_linear_cross_entropy import (
             LigerFusedLinearCrossEntropyLoss,

@@ -94,6 +94,8 @@ def test_a_wrong_override_is_refused_by_name(
         ("train.evaluate_every=-1", "train.evaluate_every is -1: set it to 0 for never, or to 1"),
         ("data.seq_len=1", "data.seq_len must be at least 2, got 1"),
         ("data.patience=-1", "data.patience must not be negative"),
+        ("data.cache_gb=.inf", "data.cache_gb must be finite, got inf; 0 is no limit"),
+        ("model.deepembed.lr_multiplier=.inf", "model.deepembed: eps 1e-08 must be positive, lr_"),
         ("engine.schedule.warmup=999999", "engine.schedule.warmup 999999 must lie in 0 … 300"),
         ("engine.optimizer.eps=0", "engine.optimizer.eps 0.0 must be above 0"),
         ("engine.optimizer.lr=.inf", "engine.optimizer.lr inf must be finite"),

@@ -331,7 +331,7 @@ def _refusals(mesh: Mesh) -> None:
         build_engine(Scalar, config(), mesh)
     with pytest.raises(EngineError, match="kernel deepspeed is a CPU kernel"):
         build_engine(TinyModel, config(optimizer=OptimizerConfig(kernel="deepspeed")), mesh)
-    with pytest.raises(ValueError, match=r"needs offload\.nvme_path"):
+    with pytest.raises(ValueError, match=r"needs engine\.offload\.nvme_path"):
         build_engine(TinyModel, config(offload=OffloadConfig(optimizer="nvme")), mesh)
     engine = build_engine(TinyModel, config(accumulation=2), mesh)
     ids, labels = global_batch(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from parallel.group_exchange import GroupExchange
 from parallel.mesh import Mesh
 from parallel.tables import RowTable
 from tests.ranks import Ranks
+from tiny_onn.activations import Checkpointing
 from tiny_onn.attention import AttentionConfig
 from tiny_onn.deepembed import DeepEmbedConfig
 from tiny_onn.dynmoe import DynMoeConfig, update_controllers
@@ -45,6 +47,10 @@ TWO_GROUPS = replace(
 )
 FULL = replace(SPARSE, attention=replace(SPARSE.attention, kind="full", groups=2))
 MODELS = {"four groups": SPARSE, "two groups, hidden": TWO_GROUPS, "full": FULL}
+KEPT = replace(
+    FULL, ffn=replace(FULL.ffn, kind="dense"), deepembed=replace(FULL.deepembed, keep_output=True)
+)
+"""Under activation checkpoints its blocks leave a second thing for the backward pass."""
 
 Result = tuple[list[float], list[float], list[float]]
 
@@ -65,10 +71,9 @@ def batches(step: int) -> list[Batch]:
     return out
 
 
-def train(mesh: Mesh, model: str, group: int) -> Result:
+def train(mesh: Mesh, cfg: ModelConfig, group: int, steps: int = STEPS) -> Result:
     """Return losses and gradient norms of each step, and the mean gradient norm of the table."""
     mesh = replace(mesh, data=mesh.world // group, group=group)
-    cfg = MODELS[model]
     torch.manual_seed(0)
     exchange = GroupExchange(mesh, cfg.attention.groups) if group > 1 else None
     accumulation = SEQUENCES // mesh.data
@@ -88,7 +93,7 @@ def train(mesh: Mesh, model: str, group: int) -> Result:
         [table],
     )
     losses, norms, rows = [], [], []
-    for step in range(STEPS):
+    for step in range(steps):
         whole = batches(step)
         labels = sum(b.n_labels for b in whole)
         scale = torch.tensor(mesh.world / labels)
@@ -126,7 +131,7 @@ def four_ranks() -> Iterator[Ranks]:
 def alone() -> dict[str, Result]:
     """What one rank does with all of it."""
     with Ranks(1) as ranks:
-        return {model: ranks.run(train, model, 1, timeout=400)[0] for model in MODELS}
+        return {model: ranks.run(train, cfg, 1, timeout=400)[0] for model, cfg in MODELS.items()}
 
 
 def worst(found: list[float], wanted: list[float]) -> float:
@@ -140,6 +145,25 @@ def worst(found: list[float], wanted: list[float]) -> float:
 def test_losses_and_norms_are_those_of_one_rank(
     four_ranks: Ranks, alone: dict[str, Result], model: str, group: int
 ) -> None:
-    for result in four_ranks.run(train, model, group, timeout=400):
+    for result in four_ranks.run(train, MODELS[model], group, timeout=400):
         for name, found, wanted in zip(("loss", "norm", "rows"), result, alone[model], strict=True):
             assert worst(found, wanted) < 1e-5, (name, found, wanted)
+
+
+def checkpointed(mesh: Mesh, cfg: ModelConfig, group: int) -> list[Result]:
+    """Train alike with every kind of activation checkpoints."""
+    return [
+        train(mesh, replace(cfg, activation_checkpointing=kind), group, steps=4)
+        for kind in get_args(Checkpointing)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "group"), [(SPARSE, 2), (TWO_GROUPS, 4), (KEPT, 4)], ids=["P < G", "P > G", "kept"]
+)
+def test_blocks_that_run_again_exchange_the_same(
+    four_ranks: Ranks, cfg: ModelConfig, group: int
+) -> None:
+    for kept, *others in four_ranks.run(checkpointed, cfg, group, timeout=400):
+        assert len(others) == 2 and kept[0][0] != kept[0][-1]
+        assert all(other == kept for other in others)

@@ -28,6 +28,13 @@ def test_chunked_cross_entropy_equals_torchs_with_every_gradient(chunk: int) -> 
     torch.testing.assert_close(dw, w.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [0, -5])
+def test_no_token_in_a_chunk_is_refused_and_not_a_loss_of_zero(chunk: int) -> None:
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=f"chunks of {chunk} tokens: at least 1"):
+        cross_entropy_sum(x, w, torch.zeros(4, dtype=torch.int64), chunk)
+
+
 def test_no_label_at_all_gives_zero_loss_and_zero_gradient() -> None:
     x = torch.randn(4, 8, requires_grad=True)
     w = torch.randn(5, 8, requires_grad=True)
