@@ -244,8 +244,16 @@ class DynMoe(nn.Module):
     seen_X: Tensor
     step_1: Tensor
 
-    def __init__(self, cfg: DynMoeConfig, width: int) -> None:
-        """Draw the weights from the global generator and calibrate the thresholds to the target."""
+    def __init__(self, cfg: DynMoeConfig, width: int, sequence: int = 0) -> None:
+        """Draw the weights from the global generator and calibrate the thresholds to the target.
+
+        Args:
+            cfg: sizes and habits.
+            width: C.
+            sequence: tokens of each of the sequences that a training pass consists of; 0: a pass is
+                one sequence. Who explores is decided by a token's index in its sequence, whatever
+                else is in the pass.
+        """
         super().__init__()
         self.cfg = cfg
         self.spec = cfg.surprise_spec()
@@ -270,6 +278,7 @@ class DynMoe(nn.Module):
         self.theta_0 = self.tau_0 * calibrated_threshold(
             cfg.experts, cfg.target_experts, *cfg.fired_bounds, width
         )
+        self.sequence = sequence
         self.stride = round(1 / cfg.explore_share) if self.spec and cfg.explore_share else 0
         self.shared = (
             DenseFfn(cfg.activation, width, hidden, cfg.init_std) if cfg.shared_expert else None
@@ -312,8 +321,8 @@ class DynMoe(nn.Module):
             hidden_scale_TF: factor on the hidden activations [T, F] (DeepEmbed `hidden`) or None.
             loss_scale: fp32 0-dim, d(loss passed to backward)/d(nll of one token); needed to train
                 with surprise. S is free of it; the router's gradient carries it like any other.
-            first: index of x's first token in a sequence that ranks share, so that the same tokens
-                explore however many ranks share it.
+            first: index of x's first token in the pass, so that the same tokens explore however
+                many ranks share it.
         """
         if hidden_scale_TF is not None:
             hidden_scale_TF = hidden_scale_TF.to(x_TC.dtype)
@@ -357,6 +366,7 @@ class DynMoe(nn.Module):
             # The balancing bias of plain top-k selects and does not weigh.
             bias_weighs=self.spec is not None,
             stride=self.stride if self.training else 0,
+            sequence=self.sequence,
         )
         return LayerSpec(
             activation=cfg.activation,
@@ -464,8 +474,8 @@ def update_controllers(
             layer.seen_X.zero_()
 
 
-def build_ffn(cfg: DynMoeConfig, width: int) -> DynMoe | DenseFfn:
-    """Build the feed-forward layer that the configuration asks for."""
+def build_ffn(cfg: DynMoeConfig, width: int, sequence: int = 0) -> DynMoe | DenseFfn:
+    """Build the feed-forward layer that the configuration asks for; see `DynMoe`."""
     if cfg.kind == "dynmoe":
-        return DynMoe(cfg, width)
+        return DynMoe(cfg, width, sequence)
     return DenseFfn(cfg.activation, width, cfg.hidden_width(width), cfg.init_std)

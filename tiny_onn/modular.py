@@ -137,12 +137,14 @@ class Block(nn.Module):
 
     gathered_whole = True
 
-    def __init__(self, cfg: ModelConfig, layer: int, exchange: GroupExchange | None = None) -> None:
+    def __init__(
+        self, cfg: ModelConfig, layer: int, exchange: GroupExchange | None, sequence: int
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.attention = Attention(cfg.attention, cfg.width, exchange)
         self.ffn_norm = RMSNorm(cfg.width, cfg.norm_eps)
-        self.ffn = build_ffn(cfg.ffn, cfg.width)
+        self.ffn = build_ffn(cfg.ffn, cfg.width, sequence)
         self.deepembed = (
             DeepEmbedScale(layer, cfg.deepembed_width) if cfg.deepembed.kind != "off" else None
         )
@@ -162,7 +164,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the residual stream after this layer, [T, C]; with a cache, T is one new token.
 
-        `first` is the index of the first of these tokens in the whole sequence.
+        `first` is the index of the first of these tokens in the whole pass.
         """
         # Texts to ask a model about have all lengths: compiling would take longer than answering.
         compiles = self.compile_blocks and self.training and (x_TC.is_cuda or fused.ANYWHERE)
@@ -219,12 +221,16 @@ class TokenEmbedding(nn.Module):
 class TinyOnn(nn.Module):
     """The language model."""
 
-    def __init__(self, cfg: ModelConfig, exchange: GroupExchange | None = None) -> None:
+    def __init__(
+        self, cfg: ModelConfig, exchange: GroupExchange | None = None, sequence: int = 0
+    ) -> None:
         """Build with weights drawn from the global generator.
 
         Args:
             cfg: kinds and sizes.
-            exchange: of the ranks that share every sequence; None where this rank has all of it.
+            exchange: of the ranks that share every pass; None where this rank has all of it.
+            sequence: tokens of each of the sequences that training packs into a pass; 0: one pass
+                is one sequence. Only which tokens explore experts depends on it.
 
         Raises:
             ValueError: sizes that cannot be.
@@ -244,7 +250,7 @@ class TinyOnn(nn.Module):
             if cfg.deepembed.kind != "off" and cfg.deepembed.partition == "zero3"
             else None
         )
-        self.blocks = nn.ModuleList(Block(cfg, i, exchange) for i in range(cfg.layers))
+        self.blocks = nn.ModuleList(Block(cfg, i, exchange, sequence) for i in range(cfg.layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.head = Head(
             cfg.vocab_size,

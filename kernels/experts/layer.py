@@ -34,8 +34,8 @@ class Router(NamedTuple):
         log_tau: [1], log of the scale on top of tau_0.
         theta_E: thresholds on top of theta_0.
         bias_E: the controller's bias, fp32; no gradient.
-        step_1: int64 [1]; decides, with a token's index, who explores what.
-        first: index of the first token in a sequence that ranks share.
+        step_1: int64 [1]; decides, with a token's index in its sequence, who explores what.
+        first: index of the first token in the pass, which ranks may share.
     """
 
     direction_EC: Tensor
@@ -144,11 +144,12 @@ def dynmoe_layer(
                 counts_X=counts_X, stats=stats,
             )  # fmt: skip
     z_TE, biased_TE = logits(x_TC, router, spec)
+    how = spec.route
     with torch.no_grad():
-        fired_TE = fire(biased_TE, spec.route.fewest, spec.route.most)
+        fired_TE = fire(biased_TE, how.fewest, how.most)
         explored_TE = (
-            explore(biased_TE, fired_TE, router.step_1, spec.route.stride, router.first)
-            if spec.route.stride
+            explore(biased_TE, fired_TE, router.step_1, how.stride, router.first, how.sequence)
+            if how.stride
             else None
         )
     return run_decided(

@@ -63,6 +63,7 @@ def random_case(
     fewest: int = 1,
     mean: float = 2.0,
     stride: int = 0,
+    sequence: int = 0,
     scaled: bool = False,
     surprise: SurpriseSpec | None = None,
     surrogate_width: float = 1.0,
@@ -104,7 +105,7 @@ def random_case(
         bias_E[-closed:] = 1e4
     spec = LayerSpec(
         activation=activation,
-        route=RouteSpec(width**0.5, theta_0, fewest, most, bias_weighs, stride),
+        route=RouteSpec(width**0.5, theta_0, fewest, most, bias_weighs, stride, sequence),
         surprise=surprise,
         surrogate_width=surrogate_width,
         products=products or ProductTiles(),
@@ -142,7 +143,7 @@ def wrong_decisions(case: Case, routing: Routing, tolerance: float) -> list[str]
     explored = routing.state_TE == 2
     wanted = torch.zeros_like(explored)
     if spec.stride:
-        wanted = explore(biased, fired, router.step_1, spec.stride, router.first)
+        wanted = explore(biased, fired, router.step_1, spec.stride, router.first, spec.sequence)
     if not torch.equal(explored, wanted):
         bad.append("not exactly the chosen tokens explore the chosen expert each")
     p = torch.softmax(torch.where(fired, routing.z_TE.double(), -torch.inf), 1)

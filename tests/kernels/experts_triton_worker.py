@@ -69,6 +69,7 @@ CASES: dict[str, Callable[[], list[str]]] = {
     "all experts fire": lambda: check(20, 4, 16, 16, most=4, mean=40.0),
     "more experts than a block": lambda: check(20, 40, 16, 16, most=8, mean=4.0),
     "closed experts": lambda: check(40, 6, 16, 24, closed=3, stride=1),
+    "packed sequences": lambda: check(70, 6, 16, 24, sequence=23),
     "one token": lambda: check(1, 4, 16, 16, stride=1),
     "width not a power of two": lambda: check(20, 4, 48, 40),
     "many blocks of tokens": lambda: check(500, 20, 16, 16),
