@@ -188,7 +188,7 @@ class DynMoeConfig:
     def hidden_width(self, width: int) -> int:
         """Hidden channels of the layer that DeepEmbed `hidden` scales, for a model of this width.
 
-        F of an expert (the experts share the scale), or the dense layer's hidden width.
+        F of an expert (the experts share the factor), or the dense layer's hidden width.
         """
         del width
         if self.kind == "dynmoe":
@@ -212,14 +212,12 @@ class DenseFfn(nn.Module):
     def forward(
         self,
         x_TC: Tensor,
-        hidden_scale_TF: Tensor | None,
+        hidden_delta_TF: Tensor | None,
         loss_scale: Tensor | None = None,
         first: int = 0,
     ) -> Tensor:
-        """Return [T, C]; hidden_scale_TF multiplies the hidden activations, the others idle."""
-        h_TF = activate(self.activation, F.linear(x_TC, self.w_in_IC))
-        if hidden_scale_TF is not None:
-            h_TF = h_TF * hidden_scale_TF.to(h_TF.dtype)
+        """Return [T, C]; hidden activations times 1 + hidden_delta_TF, the others idle."""
+        h_TF = activate(self.activation, F.linear(x_TC, self.w_in_IC), hidden_delta_TF)
         return F.linear(h_TF, self.w_out_CF)
 
 
@@ -310,7 +308,7 @@ class DynMoe(nn.Module):
     def forward(
         self,
         x_TC: Tensor,
-        hidden_scale_TF: Tensor | None,
+        hidden_delta_TF: Tensor | None,
         loss_scale: Tensor | None,
         first: int = 0,
     ) -> Tensor:
@@ -318,14 +316,15 @@ class DynMoe(nn.Module):
 
         Args:
             x_TC: tokens after the norm, bf16 or fp32.
-            hidden_scale_TF: factor on the hidden activations [T, F] (DeepEmbed `hidden`) or None.
+            hidden_delta_TF: delta [T, F] of DeepEmbed `hidden`, whose factor on the hidden
+                activations is 1 + delta; or None.
             loss_scale: fp32 0-dim, d(loss passed to backward)/d(nll of one token); needed to train
                 with surprise. S is free of it; the router's gradient carries it like any other.
             first: index of x's first token in the pass, so that the same tokens explore however
                 many ranks share it.
         """
-        if hidden_scale_TF is not None:
-            hidden_scale_TF = hidden_scale_TF.to(x_TC.dtype)
+        if hidden_delta_TF is not None:
+            hidden_delta_TF = hidden_delta_TF.to(x_TC.dtype)
         spec = self.layer_spec()
         router = Router(
             self.direction_EC,
@@ -344,7 +343,7 @@ class DynMoe(nn.Module):
             self.w_in_EIC,
             self.w_out_ECF,
             spec,
-            hidden_scale_TF=hidden_scale_TF,
+            hidden_delta_TF=hidden_delta_TF,
             loss_scale=loss_scale,
             counts_X=self.counts_X if self.training else None,
             stats=self.stats if self.record else None,
@@ -353,7 +352,7 @@ class DynMoe(nn.Module):
             self.stats["dead_experts"] = (self.idle_steps_E >= self.cfg.dead_window).sum()
             self.stats["active_experts"] = self.active_E.sum()
             self.stats["recycled_experts"] = self.recycled_1.sum()
-        return y_TC if self.shared is None else y_TC + self.shared(x_TC, hidden_scale_TF)
+        return y_TC if self.shared is None else y_TC + self.shared(x_TC, hidden_delta_TF)
 
     def layer_spec(self) -> LayerSpec:
         """What the layer does in the present mode; only training explores and teaches."""

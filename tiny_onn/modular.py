@@ -182,8 +182,8 @@ class Block(nn.Module):
         if self.deepembed is None or rows is None:
             y_TC: Tensor = self.ffn(h_TC, None, loss_scale, first)
         elif self.scales_hidden:
-            scale_TW = self.deepembed(rows.values_UW, rows.index)
-            y_TC = self.ffn(h_TC, scale_TW, loss_scale, first)
+            delta_TW = self.deepembed(rows.values_UW, rows.index)
+            y_TC = self.ffn(h_TC, delta_TW, loss_scale, first)
         else:
             y_TC = self.ffn(h_TC, None, loss_scale, first)
             values_UW, index, sink, keep = rows.values_UW, rows.index, rows.sink, rows.keep

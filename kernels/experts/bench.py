@@ -33,8 +33,8 @@ PEER = "liger fused_moe"
 
 CHECKS: dict[str, dict[str, Any]] = {
     "swiglu": {"sizes": (1000, 16, 256, 128)},
-    "relu2 + scale": {"sizes": (777, 8, 128, 192), "activation": "relu2", "scaled": True},
-    "swiglu + scale": {"sizes": (500, 8, 256, 64), "scaled": True},
+    "relu2 + delta": {"sizes": (777, 8, 128, 192), "activation": "relu2", "scaled": True},
+    "swiglu + delta": {"sizes": (500, 8, 256, 64), "scaled": True},
     "top-k": {
         "sizes": (900, 32, 128, 64), "surprise": None, "surrogate_width": 0.0, "fewest": 2,
         "most": 2, "bias_weighs": False, "stride": 0,
