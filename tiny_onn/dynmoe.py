@@ -12,7 +12,7 @@ threshold, so that experts that did not fire learn too), Surprise (kernels/exper
 a few explored pairs, run with weight zero. A controller holds the mean number of experts per token
 at the target and pulls idle experts back; it acts once per optimizer step on counts of all ranks.
 
-`surprise: off` is the plain counterpart: the round(target_experts) best experts per token, balanced
+`surprise: off` is the plain counterpart: the target_experts best experts per token, balanced
 by a selection bias without an auxiliary loss (arXiv 2408.15664).
 
 Shapes: T tokens, C width, E experts, F expert hidden, I inner channels (swiglu 2F, relu2 F).
@@ -58,7 +58,8 @@ class DynMoeConfig:
         kind: `dynmoe`, or `dense` (one feed-forward of the same active FLOPs).
         experts: E, experts per layer.
         expert_hidden: F, hidden width of one expert.
-        target_experts: mean number of experts that a token fires.
+        target_experts: mean number of experts that a token fires; with `surprise: off` their exact
+            number.
         min_experts: fewest experts per token; they fire even below the threshold.
         max_experts: most experts per token.
         activation: `swiglu` or `relu2` (squared ReLU).
@@ -74,7 +75,9 @@ class DynMoeConfig:
         router_kl_weight: weight of KL(target || softmax(z)).
         router_ce_weight: weight of CE(z, argmin S).
         router_coefficient: weight of the router loss against the token's nll.
-        explore_share: share of training tokens that also run one expert that did not fire.
+        explore_share: share of training tokens that also run one expert that did not fire: every
+            round(1 / explore_share)-th token of a sequence does. A share that this misses by more
+            than a tenth (0.7 would be 1) is refused.
         controller_gain: step of the bias, in units of z, when the mean count is off by 100 %.
         balance_gain: step of one expert's bias when it is idle (`surprise: off`: off balance).
         idle_share: an expert counts as idle below this share of the mean load.
@@ -151,13 +154,36 @@ class DynMoeConfig:
                 "ffn.explore_share must lie in 0 … 1 and ffn.idle_share above 0 and up to 1, found "
                 f"{self.explore_share} and {self.idle_share}"
             )
-        for key in ("init_std", "logit_std", "dead_window"):
+        self._check_whole_numbers()
+        for key in ("init_std", "logit_std", "dead_window", "router_temperature"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"ffn.{key} must be above 0, found {getattr(self, key)}")
-        for key in ("surrogate_width", "router_coefficient", "controller_gain", "balance_gain"):
+        not_negative = ("surrogate_width", "controller_gain", "balance_gain", "router_coefficient")
+        for key in (*not_negative, "router_kl_weight", "router_ce_weight"):
             if getattr(self, key) < 0:
                 raise ValueError(f"ffn.{key} must not be negative, found {getattr(self, key)}")
         self.surprise_spec()
+
+    @property
+    def explore_stride(self) -> int:
+        """Tokens per token that explores; 0 when none does."""
+        return round(1 / self.explore_share) if self.explore_share else 0
+
+    def _check_whole_numbers(self) -> None:
+        """Refuse a number of experts or of tokens that would be rounded to another meaning."""
+        if self.surprise == "off" and self.target_experts != round(self.target_experts):
+            raise ValueError(
+                "with ffn.surprise off every token fires the same number of experts, which "
+                f"ffn.target_experts {self.target_experts} is not: set it to "
+                f"{math.floor(self.target_experts)} or {math.ceil(self.target_experts)}"
+            )
+        stride = self.explore_stride
+        if stride and abs(1 / stride - self.explore_share) > 0.1 * self.explore_share:
+            below = math.ceil(1 / self.explore_share)
+            raise ValueError(
+                f"ffn.explore_share {self.explore_share} cannot be: one token in a whole number "
+                f"explores; set it to {1 / (below - 1):.4g} or {1 / below:.4g}"
+            )
 
     def surprise_spec(self) -> SurpriseSpec | None:
         """What the expert kernel measures and teaches; None when `surprise: off`."""
@@ -182,7 +208,7 @@ class DynMoeConfig:
     def fired_bounds(self) -> tuple[int, int]:
         """Fewest and most experts per token; equal when `surprise: off` (plain top-k)."""
         if self.surprise == "off":
-            return (round(self.target_experts),) * 2
+            return (int(self.target_experts),) * 2
         return self.min_experts, self.max_experts
 
     def hidden_width(self, width: int) -> int:
@@ -277,7 +303,7 @@ class DynMoe(nn.Module):
             cfg.experts, cfg.target_experts, *cfg.fired_bounds, width
         )
         self.sequence = sequence
-        self.stride = round(1 / cfg.explore_share) if self.spec and cfg.explore_share else 0
+        self.stride = cfg.explore_stride if self.spec else 0
         self.shared = (
             DenseFfn(cfg.activation, width, hidden, cfg.init_std) if cfg.shared_expert else None
         )
@@ -313,6 +339,14 @@ class DynMoe(nn.Module):
         first: int = 0,
     ) -> Tensor:
         """Return the weighted sum of the fired experts, [T, C] in the dtype of x.
+
+        Under activation checkpointing scores, choice and exploration are computed again with the
+        rest of the block, by decision. Nothing in them draws, or adds in an order that could
+        change, so that they come out bitwise alike; their product is E columns beside 3F for each
+        of a token's experts, well below a percent of the layer; and to keep them, E fp32 numbers a
+        token would need a way of their own past the checkpoint. `seen_X` then takes every token
+        twice, which changes neither its direction nor the ratio that is read from it; the counts
+        are taken in the backward, once.
 
         Args:
             x_TC: tokens after the norm, bf16 or fp32.

@@ -96,7 +96,7 @@ def renew_experts(layers: Mapping[str, DynMoe], rewrite: Rewrite) -> None:
     changes: dict[str, list[tuple[int, Tensor]]] = {}
     at = pool_at = 0
     for number, (path, layer) in enumerate(layers.items()):
-        cfg, pool = layer.cfg, layer.cfg.pool
+        pool = layer.cfg.pool
         own = seen[at : at + layer.seen_X.numel()]
         at += layer.seen_X.numel()
         idle_E, active_E = idle[pool_at : pool_at + pool], active[pool_at : pool_at + pool]
@@ -111,7 +111,6 @@ def renew_experts(layers: Mapping[str, DynMoe], rewrite: Rewrite) -> None:
             others = active_E.clone()
             others[chosen] = False
             layer.open_experts(chosen, others, recycled=bool(active_E[chosen[0]]))
-        assert cfg is layer.cfg
     if changes:
         rewrite(changes)
 

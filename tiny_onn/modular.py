@@ -82,6 +82,7 @@ class ModelConfig:
             raise ValueError(
                 f"embedding_partition {self.embedding_partition!r} is none of zero3, rows"
             )
+        self._check_keep_output()
         if self.embedding_partition == "zero3":
             return
         if self.tie_embeddings:
@@ -93,6 +94,21 @@ class ModelConfig:
             raise ValueError(
                 "embedding_partition rows needs rows of equal parts: use deepembed.kind output or "
                 "off, or deepembed.partition zero3"
+            )
+
+    def _check_keep_output(self) -> None:
+        needs = {
+            "deepembed.kind": (self.deepembed.kind, "output"),
+            "deepembed.partition": (self.deepembed.partition, "rows"),
+            "ffn.kind": (self.ffn.kind, "dense"),
+        }
+        wrong = [f"{key} {found}" for key, (found, wanted) in needs.items() if found != wanted]
+        if self.activation_checkpointing == "none":
+            wrong.append("activation_checkpointing none")
+        if self.deepembed.keep_output and wrong:
+            raise ValueError(
+                "deepembed.keep_output keeps the output of dense layers that would be recomputed, "
+                f"and with {', '.join(wrong)} there is none: set it to false"
             )
 
     @property

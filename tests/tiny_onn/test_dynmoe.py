@@ -345,7 +345,12 @@ def test_dense_has_the_same_active_width_and_the_same_call():
         ({"min_experts": 0}, "min_experts"),
         ({"max_experts": 9}, "max_experts <= experts"),
         ({"explore_share": 2.0}, "explore_share"),
-        ({"router_temperature": 0.0}, "temperature"),
+        ({"explore_share": 0.7}, "explore_share 0.7 .* set it to 1 or 0.5"),
+        ({"explore_share": 0.45}, "explore_share 0.45 .* set it to 0.5 or 0.3333"),
+        ({"surprise": "off", "target_experts": 2.5}, "target_experts 2.5 .* to 2 or 3"),
+        ({"router_kl_weight": -1.0}, "router_kl_weight"),
+        ({"router_ce_weight": -0.1}, "router_ce_weight"),
+        ({"router_temperature": 0.0}, "router_temperature"),
         ({"dead_window": 0}, "dead_window"),
         ({"balance_gain": -1.0}, "balance_gain"),
         ({"expert_hidden": 0}, "expert_hidden"),
@@ -357,6 +362,12 @@ def test_dense_has_the_same_active_width_and_the_same_call():
 def test_impossible_configurations_are_refused_by_name(changes, named):
     with pytest.raises(ValueError, match=named):
         config(**changes)
+
+
+def test_the_share_that_explores_is_the_configured_one():
+    for share in (0.02, 0.1, 0.15, 0.25, 1.0):
+        m = layer(explore_share=share)
+        assert 1 / m.layer_spec().route.stride == pytest.approx(share, rel=0.1)
 
 
 def _two_layers(mesh: object, shares: list[int]) -> list[Tensor]:
