@@ -54,9 +54,12 @@ def build(config: BuildConfig, out: str | Path, seq_len: int) -> Index:
 
     Raises:
         DataError: `out` holds something else: a corpus with other settings, or other files.
-        ValueError: an input that cannot be read, or a vocabulary size that does not fit it.
+        ValueError: an input that cannot be read, a vocabulary size that does not fit it, or samples
+            too short to predict anything.
         OSError: no space, no permission.
     """
+    if seq_len < 2:
+        raise ValueError(f"seq_len must be at least 2, got {seq_len}")
     out = Path(out)
     corpus = Corpus(config.input, config.text_key)
     reused = Tokenizer.load(config.tokenizer) if config.tokenizer else None

@@ -65,6 +65,9 @@ class BuildConfig:
             raise ValueError(
                 f"tokenizer_sample_mb must be positive, got {self.tokenizer_sample_mb}"
             )
+        # 4 control ids and 256 bytes, as above.
+        if self.vocab_size < 260:
+            raise ValueError(f"vocab_size must be at least 260, got {self.vocab_size}")
         if self.workers < 0:
             raise ValueError(f"workers must not be negative, got {self.workers}")
 
@@ -119,13 +122,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, by name."""
-        if self.seq_len < 1:
-            raise ValueError(f"seq_len must be positive, got {self.seq_len}")
+        if self.seq_len < 2:
+            raise ValueError(
+                f"data.seq_len must be at least 2, got {self.seq_len}: a single token predicts "
+                "nothing"
+            )
         for key in ("cache_gb", "patience"):
             if getattr(self, key) < 0:
-                raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
+                raise ValueError(f"data.{key} must not be negative, got {getattr(self, key)}")
         if self.shuffle_seed < 0 or self.canonical_nodes < 0:
             raise ValueError(
-                f"shuffle_seed and canonical_nodes must not be negative, got {self.shuffle_seed} "
-                f"and {self.canonical_nodes}"
+                "data.shuffle_seed and data.canonical_nodes must not be negative, got "
+                f"{self.shuffle_seed} and {self.canonical_nodes}"
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,16 +27,6 @@ class Documents:
         self.lengths = tuple(int(n) for n in lengths)
         self.device = _indexed(device)
         self._parts: dict[tuple[int, int], tuple[int, Documents]] = {}
-
-    @classmethod
-    def from_cu_seqlens(
-        cls, cu_seqlens: Sequence[int] | Tensor, device: torch.device | str = "cpu"
-    ) -> Documents:
-        """Build from cumulative lengths [B+1], the first one 0; a device tensor is read back."""
-        ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
-        if len(ends) < 2 or ends[0] != 0:
-            raise ValueError(f"cu_seqlens must start at 0 and hold a document, got {ends[:8]}")
-        return cls([b - a for a, b in pairwise(ends)], device)
 
     def to(self, device: torch.device | str) -> Documents:
         """Return the same boundaries with their tensors on another device."""
@@ -66,21 +55,14 @@ class Documents:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """Cumulative lengths, int32 [B+1]."""
-        return torch.tensor([*self.starts, self.total], dtype=torch.int32).to(
-            self.device, non_blocking=True
-        )
+        ends = torch.tensor([*self.starts, self.total], dtype=torch.int32)
+        return without_waiting(ends, self.device)
 
     @cached_property
     def positions(self) -> Tensor:
-        """Position of every token in its own document, int64 [T]."""
-        return torch.cat([torch.arange(n) for n in self.lengths]).to(self.device, non_blocking=True)
-
-    @cached_property
-    def document_of(self) -> Tensor:
-        """Index of the document of every token, int64 [T]."""
-        return torch.repeat_interleave(torch.tensor(self.lengths)).to(
-            self.device, non_blocking=True
-        )
+        """Position of every token in its own document, int32 [T]."""
+        parts = [torch.arange(n, dtype=torch.int32) for n in self.lengths]
+        return without_waiting(torch.cat(parts), self.device)
 
     def seen_by(self, first: int, stop: int) -> tuple[int, Documents]:
         """Return what the tokens [first, stop) may look at: whole documents up to `stop`.
@@ -102,9 +84,15 @@ class Documents:
             self._parts[first, stop] = self.starts[at], Documents(lengths, self.device)
         return self._parts[first, stop]
 
-    def block_counts(self, length: int, stride: int) -> tuple[int, ...]:
-        """Full overlapping blocks of `length` tokens every `stride` tokens, per document (host)."""
-        return tuple(0 if n < length else (n - length) // stride + 1 for n in self.lengths)
+
+def without_waiting(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device in the order of its stream, without waiting for that.
+
+    From pageable memory CUDA stages the copy first, and waits for the stream before it does.
+    """
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def _indexed(device: torch.device | str) -> torch.device:

@@ -30,6 +30,7 @@ from launcher.config import RunConfig
 from launcher.model_stats import derive, recording, scalars
 from launcher.pretrain import resolved
 from parallel.schedule import learning_rate_factor
+from parallel.transfer import to_device
 from parallel.zero_setup import parameter_groups
 from tiny_onn.dynmoe import DynMoe, update_controllers
 from tiny_onn.expert_pool import Changes
@@ -107,8 +108,8 @@ class Masters:
 def forward(model: TinyOnn, batch: Batch, scale: Tensor, device: torch.device) -> ModelOutput:
     """Run a batch."""
     output = model(
-        batch.ids_T.to(device, non_blocking=True),
-        batch.labels_T.to(device, non_blocking=True),
+        to_device(batch.ids_T, device),
+        to_device(batch.labels_T, device),
         Documents(batch.lengths, device),
         scale,
     )
@@ -140,7 +141,7 @@ def train(
     counts: list[Tensor] = []
     for i, batches in enumerate(steps):
         labels = sum(b.n_labels for b in batches)
-        scale = torch.tensor(1 / labels, device=device)
+        scale = torch.full((), 1 / labels, device=device)
         record = every > 0 and (i + 1) % every == 0
         nll = torch.zeros((), device=device)
         with recording(model, record) as stats:

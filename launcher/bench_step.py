@@ -6,7 +6,8 @@ can be compared beside each other on the same GPU, and their losses with them. O
 document; ids are drawn like words, the first of the vocabulary most often.
 
 Times are of the host: `forward`, `backward` and `optimizer` say where it waited, `ms` is the median
-of whole steps, each of which ends with its gradient norm on the host. With `--trace` one more step
+of whole steps, each of which ends with its gradient norm on the host; the peak of memory is that of
+the rank with the most. With `--trace` one more step
 is recorded: kernels' own time, launches and the 25 longest entries of host and device.
 """
 
@@ -33,11 +34,13 @@ from launcher.bench_ranks import run_in_ranks
 from launcher.bench_train import VARIANTS
 from launcher.components import accumulation, active_flops
 from launcher.config import RunConfig, load
-from launcher.flops import mfu
+from launcher.flops import MFU_FORMULA, mfu
+from launcher.options import whole
 from parallel.engine import Engine
 from parallel.group_exchange import GroupExchange
 from parallel.mesh import Mesh, init_mesh
 from parallel.tables import RowTable
+from parallel.transfer import to_device
 from tiny_onn.dynmoe import update_controllers
 from tiny_onn.modular import TinyOnn
 
@@ -98,7 +101,7 @@ class Subject:
         cfg, engine, mesh = self.cfg, self.engine, self.mesh
         started = time.perf_counter()
         labels = cfg.train.global_batch * cfg.data.seq_len
-        scale = torch.tensor(mesh.world / labels, device=engine.device)
+        scale = torch.full((), mesh.world / labels, device=engine.device)
         total = torch.zeros((), device=engine.device)
         parts = dict.fromkeys(("tables", "forward", "backward", "optimizer"), 0.0)
         at = time.perf_counter()
@@ -120,8 +123,8 @@ class Subject:
                 self.table.prefetch(self.next_ids[own])
             clock("tables")
             output = engine.forward(
-                mine.to(engine.device, non_blocking=True),
-                wanted.to(engine.device, non_blocking=True),
+                to_device(mine, engine.device),
+                to_device(wanted, engine.device),
                 Documents([cfg.data.seq_len] * cfg.train.micro_batch, engine.device),
                 scale,
                 None if rows is None else rows.parts,
@@ -186,7 +189,9 @@ def measure(cfg: RunConfig, mesh: Mesh, a: argparse.Namespace, name: str) -> dic
         "losses": losses,
     }
     if mesh.device.type == "cuda":
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        peak = torch.tensor(torch.cuda.max_memory_allocated())
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        found["peak_gib"] = int(peak) / 2**30
     if a.trace is not None:
         found |= trace(subject, a.trace / f"{name.replace(' ', '-').replace(',', '')}.json.gz")
     subject.close()
@@ -247,9 +252,9 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("config", type=Path)
     p.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["sparse", "all dense"])
     p.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS)[:3])
-    p.add_argument("--gpus", type=int, default=1, help="ranks (on the CPU, too)")
-    p.add_argument("--steps", type=int, default=8, help="steps that count")
-    p.add_argument("--skip", type=int, default=4, help="first steps that do not count")
+    p.add_argument("--gpus", type=whole(1), default=1, help="ranks (on the CPU, too)")
+    p.add_argument("--steps", type=whole(1), default=8, help="steps that count")
+    p.add_argument("--skip", type=whole(0), default=4, help="first steps that do not count")
     p.add_argument("--trace", type=Path, help="folder for a trace of a step of each")
     p.add_argument("--json", type=Path, help="file for all figures")
     return p.parse_known_args(argv)
@@ -280,4 +285,6 @@ def main(argv: Sequence[str]) -> int:
                 print(line(name, results[name]), flush=True)
                 if a.json is not None:
                     a.json.write_text(json.dumps(results, indent=1))
+    if mesh.is_first:
+        print(MFU_FORMULA)
     return int(any("error" in found for found in results.values()))

@@ -38,6 +38,7 @@ from launcher.bench_tables_subject import (
 from launcher.bench_turns import compare, quiet
 from parallel.checkpoint_files import write_tensors
 from parallel.engine import EngineConfig
+from parallel.host_buffers import HostBuffers
 from parallel.mesh import Mesh, init_mesh, threads_per_rank
 from parallel.tables import RowTable
 from tiny_onn.deepembed import DeepEmbedConfig
@@ -166,10 +167,12 @@ def _save_beside(subject: Subject, a: argparse.Namespace) -> dict[str, float]:
     """Write and sync a checkpoint of the table while steps go on; returns bytes and seconds."""
     table = subject.table
     assert table is not None
-    source = table.snapshot(None)
     path = a.save / f"table-rank{table.mesh.rank}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    buffers = HostBuffers(table.mesh)
+    source = table.snapshot(buffers)
+    buffers.wait()
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(write_tensors, path, source)
         turns = [subject.turn(a.steps)["seconds"]]
@@ -178,6 +181,7 @@ def _save_beside(subject: Subject, a: argparse.Namespace) -> dict[str, float]:
         entry = writing.result()
     seconds = time.perf_counter() - start
     source.close()
+    buffers.close()
     path.unlink()
     return {"bytes": entry["size"], "seconds": seconds, "step_ms": 1e3 * statistics.median(turns)}
 

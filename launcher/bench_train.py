@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,11 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from launcher.components import active_flops
 from launcher.config import RunConfig, flat, load
+from launcher.flops import MFU_FORMULA, mfu, peak_flops
 from launcher.jsonl import read_rows
+from launcher.options import whole
 from launcher.ranks import ranks_per_node, visible_gpus
 
 VARIANTS: dict[str, list[str]] = {
@@ -42,6 +45,9 @@ VARIANTS: dict[str, list[str]] = {
     ],
 }
 """What is measured: names, and the overrides that make them from the configuration."""
+
+TRACED = 2
+"""Steps that a trace records."""
 
 ENDLESS = 1_000_000
 """Steps that a measured run believes to have before it."""
@@ -65,8 +71,8 @@ def measure(
 ) -> dict[str, Any]:
     """Train `steps` steps and return medians over the steps after `skip`.
 
-    With `trace`, the last two steps are recorded into that folder (and counted all the same: leave
-    their slowness to the median).
+    With `trace`, the last `TRACED` steps are recorded into that folder and not counted: that slows
+    them. Memory is that of the rank with the most.
 
     Raises:
         RuntimeError: the run failed; the message holds the end of its output.
@@ -76,29 +82,51 @@ def measure(
     words += ["--engine.schedule.warmup", "1", "--train.evaluate_every", "0"]
     words += ["--train.sample_every", "0", "--checkpoint.every", "0", "--train.stats_every", "1000"]
     if trace is not None:
-        words += ["--train.trace_at", str(steps - 1), "--train.trace_steps", "2"]
+        words += ["--train.trace_at", str(steps - TRACED + 1), "--train.trace_steps", str(TRACED)]
     # A trace is written behind its last step and before the next one's line.
     rows = _run(words, folder / name, steps + (trace is not None))[:steps]
     if trace is not None:
         for file in (folder / name / "traces").iterdir():
             shutil.copy(file, trace / f"{name}{''.join(file.suffixes)}")
-    losses, norms = ([row[key] for row in rows] for key in ("loss", "grad_norm"))
-    rows = rows[skip:]
-    speeds = [row["tokens_per_s"] for row in rows]
-    parts = rows[-1]["seconds"]
     cfg = config_of(folder / name)
+    return summed_up(rows, skip, TRACED * (trace is not None), cfg, device_name())
+
+
+def summed_up(
+    rows: list[dict[str, Any]], skip: int, traced: int, cfg: RunConfig, device: str
+) -> dict[str, Any]:
+    """Return the figures of a run from the lines of its steps.
+
+    Args:
+        rows: of `metrics.jsonl`.
+        skip: first steps whose time does not count.
+        traced: last ones that do not.
+        cfg: the run's configuration.
+        device: name of what each rank computed on.
+    """
+    losses, norms = ([row[key] for row in rows] for key in ("loss", "grad_norm"))
+    # A line knows the other ranks' memory of the step before.
+    most = max(row.get("extra", {}).get("speed/memory_most_gib", 0.0) for row in rows)
+    own = max(row["memory_bytes"] for row in rows) / 2**30
+    rows = rows[skip : len(rows) - traced]
+    speeds = [row["tokens_per_s"] for row in rows]
+    speed = statistics.median(speeds)
+    parts = rows[-1]["seconds"]
+    ranks, flops = ranks_per_node(cfg.launch), active_flops(cfg)
     return {
-        "ranks": ranks_per_node(cfg.launch),
-        "device": device_name(),
+        "ranks": ranks,
+        "device": device,
         "config": {k: v for k, v in flat(cfg).items() if k.startswith(DESCRIBED)},
-        "tokens_per_s": statistics.median(speeds),
-        "spread": (max(speeds) - min(speeds)) / statistics.median(speeds),
-        "mfu": rows[-1].get("mfu"),
-        "memory_gib": max(row["memory_bytes"] for row in rows) / 2**30,
+        "tokens_per_s": speed,
+        "spread": (max(speeds) - min(speeds)) / speed,
+        "flops_per_token": flops,
+        "peak_flops": peak_flops(device),
+        "mfu": mfu(speed, flops, device, ranks),
+        "memory_gib": max(most, own),
         "seconds": {
             part: statistics.median(row["seconds"][part] for row in rows) for part in parts
         },
-        "loss": rows[-1]["loss"],
+        "loss": losses[-1],
         "losses": losses,
         "grad_norms": norms,
     }
@@ -158,11 +186,12 @@ def main(argv: Sequence[str]) -> int:
     )
     p.add_argument("config", type=Path)
     p.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    p.add_argument("--steps", type=int, default=20, help="steps of each run")
-    p.add_argument("--skip", type=int, default=5, help="first steps that do not count")
+    p.add_argument("--steps", type=whole(1), default=20, help="steps of each run")
+    p.add_argument("--skip", type=whole(0), default=5, help="first steps that do not count")
     p.add_argument("--json", type=Path, help="file for all figures")
     p.add_argument("--trace", type=Path, help="folder for a trace of each variant's last steps")
     a, overrides = p.parse_known_args(argv)
+    require_counted(p, a.steps, a.skip, TRACED * (a.trace is not None))
     if a.trace is not None:
         a.trace.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
@@ -195,4 +224,25 @@ def main(argv: Sequence[str]) -> int:
             if a.json is not None:
                 a.json.write_text(json.dumps(results, indent=1))
     Console(width=100).print(table)
+    print_formula(results)
     return int(failed)
+
+
+def require_counted(p: argparse.ArgumentParser, steps: int, skip: int, traced: int = 0) -> None:
+    """End with a usage error where no step would count."""
+    if steps <= skip + traced:
+        behind = f" and the {traced} of the trace" if traced else ""
+        p.error(
+            f"argument --skip: {skip} of --steps {steps} are left out{behind}, and none is left to "
+            f"measure; set --steps to {skip + traced + 1} or more"
+        )
+
+
+def print_formula(results: Mapping[str, dict[str, Any]]) -> None:
+    """Say how MFU is counted, and with which numbers."""
+    print(MFU_FORMULA)
+    for name, found in results.items():
+        if "flops_per_token" in found:
+            peak = found["peak_flops"]
+            of = "no peak known" if peak is None else f"peak {peak / 1e12:,.0f} TFLOP/s"
+            print(f"  {name}: {found['flops_per_token'] / 1e6:,.1f} MFLOP, {found['device']}: {of}")

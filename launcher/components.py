@@ -28,6 +28,7 @@ from parallel.engine import Engine
 from parallel.group_exchange import GroupExchange, require_degree
 from parallel.mesh import Mesh, init_mesh
 from parallel.tables import Rows, RowTable
+from parallel.transfer import to_device
 from tiny_onn.modular import ModelConfig, ModelOutput, TinyOnn
 
 SILENT = -1
@@ -81,8 +82,8 @@ class Components:
         """Run the model on a batch of this rank, together with the ranks that share it."""
         device = self.engine.device
         output = self.engine.forward(
-            batch.ids_T.to(device, non_blocking=True),
-            batch.labels_T.to(device, non_blocking=True),
+            to_device(batch.ids_T, device),
+            to_device(batch.labels_T, device),
             Documents(batch.lengths, device),
             loss_scale,
             None if rows is None else rows.parts,

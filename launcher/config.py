@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import os
 import tempfile
 import typing
@@ -47,7 +48,8 @@ class TrainConfig:
         evaluate_every: steps between validations; 0 validates only at the end.
         evaluate_sequences: sequences of a validation during training; 0 takes all. The last one
             always takes all.
-        stats_every: steps between records of the sparse parts' statistics (histograms, images).
+        stats_every: steps between records of the sparse parts' statistics (histograms, images);
+            0 is never.
         sample_every: steps between text samples; 0 is never.
         sample_prompt: what the samples start with.
         sample_tokens: length of a sample in tokens.
@@ -66,6 +68,20 @@ class TrainConfig:
     sample_tokens: int = 48
     trace_at: int = 0
     trace_steps: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be, by key."""
+        for key in ("steps", "global_batch", "micro_batch", "trace_steps"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"train.{key} is {getattr(self, key)}: set it to 1 or more")
+        for key in ("evaluate_every", "stats_every", "sample_every", "trace_at"):
+            if getattr(self, key) < 0:
+                raise ConfigError(
+                    f"train.{key} is {getattr(self, key)}: set it to 0 for never, or to 1 or more"
+                )
+        for key in ("evaluate_sequences", "sample_tokens"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"train.{key} is {getattr(self, key)}: set it to 0 or more")
 
 
 @dataclass
@@ -118,6 +134,7 @@ MAY_CHANGE = (
     "engine.zero.prefetch_bucket_size",
     "engine.zero.resident_gib",
     "engine.zero.sub_group_size",
+    "model.activation_checkpointing",
     "model.deepembed.cache_rows",
     "model.deepembed.direct",
     "model.deepembed.io_threads",
@@ -130,7 +147,8 @@ MAY_CHANGE = (
     "train.sample_",
     "train.trace_",
 )
-"""Keys that a resumed run may change: they alter neither the losses nor what a checkpoint holds."""
+"""Keys that a resumed run may change: they alter the losses by no more than rounding (rows on a
+GPU are stepped by other kernels than those in host memory), and not what a checkpoint holds."""
 
 
 def parser() -> jsonargparse.ArgumentParser:
@@ -283,7 +301,32 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         where = f"{path} and command line" if arguments else str(path)
         raise ConfigError(f"{where}: {' '.join(str(e).split())}") from None
     values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(RunConfig)}
-    return RunConfig(**values)
+    cfg = RunConfig(**values)
+    for key, value in flatten(plain(cfg)):
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(n, float) and math.isnan(n) for n in numbers):
+            raise ConfigError(f"{path} and command line: {key} is not a number (nan); set one")
+    return cfg
+
+
+def validate(cfg: RunConfig) -> None:
+    """Refuse what cannot be, beyond what `load` refuses: before a corpus is built or a rank starts.
+
+    Raises:
+        ConfigError: names the key and what it can be.
+    """
+    if not -(2**63) <= cfg.seed < 2**63 - 2**32:
+        raise ConfigError(f"seed is {cfg.seed}: generators take 64 bits, set a smaller one")
+    try:
+        cfg.engine.validate(cfg.train.steps)
+        cfg.checkpoint.validate()
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    try:
+        cfg.model.deepembed.validate()
+    except ValueError as e:
+        # The table does not know whose configuration it has.
+        raise ConfigError(f"model.deepembed: {str(e).partition(': ')[2]}") from None
 
 
 def flat(cfg: RunConfig) -> dict[str, Any]:

@@ -246,6 +246,15 @@ def peak_flops(device: torch.device | str) -> float | None:
     return None
 
 
+MFU_FORMULA = (
+    "MFU = tokens/s x FLOPs per token / (GPUs x dense bf16 peak). FLOPs per token, forward and "
+    "backward: 6 x matmul weights that it passes (an expert's as often as it fires on average) + "
+    "12 x heads x head_dim per key that each branch of attention sees + 2 x heads x head_dim per "
+    "compressed block that is scored. What is computed again is not counted."
+)
+"""How `mfu` and `flops_per_token` count, for whoever reads a benchmark."""
+
+
 def mfu(
     tokens_per_s: float, per_token: float, device: torch.device | str, devices: int = 1
 ) -> float | None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch
 from launcher.components import accumulation, shape_of
 from launcher.config import RunConfig
 from launcher.flops import ParameterCounts, Shape, parameter_counts
+from parallel.group_exchange import shard_edges
 from parallel.table_layout import RowLayout
 
 GIB = 2**30
@@ -170,6 +172,33 @@ class Job:
     def column(self) -> int:
         """m: ranks that hold the same KV groups."""
         return self.group // self.row
+
+    @cached_property
+    def spans(self) -> list[list[tuple[int, int]]]:
+        """For each of the m rows its queries [first, stop) in every sequence that it has some of.
+
+        Every sequence is taken for one document, as the mean of the arithmetic takes it.
+        """
+        S = self.cfg.data.seq_len
+        edges = shard_edges(self.tokens, self.group)[:: self.row]
+        return [
+            [
+                (max(low, at) - at, min(high, at + S) - at)
+                for at in range(low // S * S, high, S)
+            ]
+            for low, high in pairwise(edges)
+        ]  # fmt: skip
+
+    @property
+    def queries(self) -> int:
+        """Queries that the attention kernels of the fullest rank work through in a pass.
+
+        NSA's kernels begin where a document does: a row whose queries begin inside of one gives
+        them queries of zero for the tokens in front, and keeps their results like any other
+        (`kernels.nsa.part`). So beyond G groups the last row works through the whole sequence.
+        """
+        padded = self.shape.attention == "nsa"
+        return max(sum(b - (0 if padded else a) for a, b in row) for row in self.spans)
 
     @property
     def heads(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from launcher.plan_job import Job
+from parallel.table_snapshot import COPIES_SHARE
 from tiny_onn.activations import checkpointing_of
 
 COMPUTE = 2
@@ -16,6 +17,12 @@ COMPUTE = 2
 
 PARTIAL_ROWS = 8 << 20
 """Rows of the selected branch's partial results that are held at once."""
+
+PIECE = 512
+"""Queries of a selected block whose gradients one program adds up."""
+
+SCORED = 4096
+"""Queries whose block importances are held at once."""
 
 PROCESS_BYTES = 4 << 30
 """Host memory of a rank's Python, CUDA context, loader and staging buffers."""
@@ -57,13 +64,13 @@ def attention_saved(job: Job) -> float:
     """What autograd keeps of a block's attention.
 
     Norm: input in fp32 and output, (4 + c)·t·C. Projections before q and k are normalised (fp32
-    copies): c·t·(H + 2bG)·D + 4·t·(H + bG)·D. What attention works on: c·T·(h + 2bg)·D (queries of
-    T / m tokens). NSA: the branches' outputs 3c·(T/m)·h·D, 3 log-sum-exps in fp32, compressed keys
+    copies): c·t·(H + 2bG)·D + 4·t·(H + bG)·D. What attention works on: c·(q·h + T·2bg)·D, q queries
+    (`Job.queries`). NSA: the branches' outputs 3c·q·h·D, 3 log-sum-exps in fp32, compressed keys
     and values, 2·4 bytes per selected block, gates; full attention: its output and log-sum-exp.
     Output before the last projection: c·t·H·D.
     """
     s, c = job.shape, COMPUTE
-    t, T, q = job.shard, job.tokens, job.tokens // job.column
+    t, T, q = job.shard, job.tokens, job.queries
     b, D = s.kv_branches, s.head_dim
     h, g = job.heads, job.kv_groups
     norm = (4 + c) * t * s.width
@@ -112,14 +119,30 @@ def pair_buffers(job: Job) -> float:
 
 
 def attention_buffers(job: Job) -> float:
-    """Transient tensors of attention's backward: gradients of what it works on, and partials."""
-    s = job.shape
-    q = job.tokens // job.column
-    gradients = COMPUTE * s.head_dim * (2 * q * job.heads + job.tokens * 4 * job.kv_groups)
+    """Transient tensors of attention's backward.
+
+    Gradients of q and of the output, c·2q·h·D, and of keys and values: c·2T·g·D a branch (full:
+    twice that). NSA beside them: partial gradients c·D of at most `PARTIAL_ROWS` (query, slot,
+    head); sums of keys' and values' in fp32, 8·T·g·D, and pieces of them, 8·l'·D each, one per
+    `PIECE` entries of the chunk's lists and one per block and group; what the gates and
+    log-sum-exps give, (24 + 3c)·q·h; compressed keys' by head in fp32, 8·(T/d)·h·D. Beyond G the
+    queries' own rows, before they are padded. The forward's scores, 8·g·J of `SCORED` queries
+    (J = T/l'), are held at another moment.
+    """
+    s, c, D = job.shape, COMPUTE, job.shape.head_dim
+    q, T, h, g = job.queries, job.tokens, job.heads, job.kv_groups
     if s.attention == "full":
-        return float(gradients)
-    partials = min(q * job.heads * s.selected, PARTIAL_ROWS) * (COMPUTE * s.head_dim + 8)
-    return float(gradients + partials)
+        return float(c * D * (2 * q * h + T * 4 * g))
+    blocks = T // s.select_block
+    slots = min(q * h * s.selected, PARTIAL_ROWS)
+    pieces = slots * g // h // PIECE + 1 + g * blocks
+    backward = c * D * (2 * q * h + 6 * T * g + slots) + 8 * D * (T * g + pieces * s.select_block)
+    backward += (24 + 3 * c) * q * h + 8 * D * h * (T // s.compress_stride)
+    if job.column > 1:
+        backward += c * D * (T // job.column) * h
+    overlap = 2 if s.compress_block > s.compress_stride else 1
+    forward = 4 * overlap * min(q, SCORED) * g * blocks + slots * (c * D + 4)
+    return float(max(backward, forward))
 
 
 def logits(job: Job) -> float:
@@ -174,7 +197,10 @@ def host_memory(job: Job) -> dict[str, float]:
 
     optimizer: 12·n/W per rank when offloaded to cpu, and 4·n/W of gradients when offloaded at all.
     weights: c·n/W. table: V/W rows of all fields in fp32 (host tier), or its cache (nvme).
-    activations: L - 2 block inputs. checkpoint: one copy of the states that is being written.
+    activations: L - 2 block inputs, and what DeepEmbed scales of L - 1 blocks (keep_output).
+    checkpoint: one copy of the states that is being written, with the rows of a table on the
+    device; of a table elsewhere at most a quarter of the rows in host memory, those that change
+    before they are read.
     """
     offload, part = job.cfg.engine.offload, job.partition
     kind = checkpointing_of(job.cfg.model.activation_checkpointing)
@@ -182,14 +208,20 @@ def host_memory(job: Job) -> dict[str, float]:
     rows = math.ceil(job.shape.vocab / job.world)
     table = 4.0 * rows * job.table_columns
     cached = de.cache_rows / max(rows, 1) if de.cache_rows else 0.25
-    away = max(job.shape.layers - 2, 0) * COMPUTE * job.shard * job.shape.width
+    layers, rows_C = job.shape.layers, COMPUTE * job.shard * job.shape.width
+    away = max(layers - 2, 0) * rows_C
+    # As TinyOnn decides it.
+    scaled = de.keep_output and de.kind == "output" and de.partition == "rows"
+    scaled = scaled and kind != "none" and job.shape.ffn == "dense"
+    copied = {"host": COPIES_SHARE, "nvme": COPIES_SHARE, "device": 1.0}[de.tier]
     rank = {
         "optimizer": 12.0 * part if offload.optimizer == "cpu" else 0.0,
         "gradients": 4.0 * part if offload.optimizer != "none" else 0.0,
         "weights": COMPUTE * part if offload.params == "cpu" else 0.0,
         "table": {"host": 1.0, "nvme": min(cached, 1.0), "device": 0.0}[de.tier] * table,
         "block inputs": float(away) if kind == "offload" else 0.0,
-        "checkpoint": 12.0 * part + table,
+        "DeepEmbed's inputs": float((layers - 1) * rows_C) if scaled else 0.0,
+        "checkpoint": 12.0 * part + copied * table,
         "processes": float(PROCESS_BYTES),
     }
     return {name: job.per_node * value for name, value in rank.items()}

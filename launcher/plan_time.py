@@ -80,22 +80,38 @@ def communication(job: Job) -> dict[str, Flow]:
     return out
 
 
-def compute_seconds(job: Job) -> dict[str, float]:
-    """Seconds of arithmetic of a GPU in a step, by component of `launcher.flops`.
+def attention_load(job: Job) -> dict[str, float]:
+    """Work of the busiest rank's attention over the mean rank's, by component; 1 up to P = G.
 
-    FLOPs over (peak · efficiency); activation checkpoints repeat the forward third of all but the
-    head. Beyond G groups the last row of ranks attends to the most keys: (2m - 1)/m of the mean.
+    Beyond G a row of ranks has the queries [a, b) of a sequence of S tokens. Full attention sees
+    b² - a² pairs, at most (2m - 1)/m of the mean. NSA works through [0, b) whatever a is
+    (`Job.queries`): b² in the branch and scores of compressed blocks, b in the others and in
+    compression, all m times the mean in the last row of one sequence.
+    """
+    pairs = job.tokens * job.cfg.data.seq_len / job.column
+    causal = max(sum(b * b - a * a for a, b in row) for row in job.spans) / pairs
+    square = max(sum(b * b for _, b in row) for row in job.spans) / pairs
+    linear = max(sum(b for _, b in row) for row in job.spans) * job.column / job.tokens
+    nsa = {"attention_compressed": square, "attention_scoring": square}
+    nsa |= dict.fromkeys(("attention_selected", "attention_window", "compression"), linear)
+    return {"attention_full": causal, **nsa}
+
+
+def compute_seconds(job: Job) -> dict[str, float]:
+    """Seconds of arithmetic of the busiest GPU in a step, by component of `launcher.flops`.
+
+    FLOPs over (peak · efficiency), times `attention_load`; activation checkpoints repeat the
+    forward third of all but the head.
     """
     s, machine = job.shape, job.machine
     tokens = job.cfg.train.global_batch * job.cfg.data.seq_len / job.world
     again = checkpointing_of(job.cfg.model.activation_checkpointing) != "none"
+    load = attention_load(job)
     out = {}
     for name, flops in flops_per_token(s).items():
         # Scoring has no backward; the head is no part of a block.
         repeated = {"head": 1.0, "attention_scoring": 2.0}.get(name, 4 / 3)
-        times = repeated if again else 1.0
-        if name in ("attention_compressed", "attention_scoring", "attention_full"):
-            times *= (2 * job.column - 1) / job.column
+        times = (repeated if again else 1.0) * load.get(name, 1.0)
         out[name] = times * flops * tokens / machine.peak_flops / machine.efficiency[name]
     return out
 
@@ -158,9 +174,3 @@ def step_seconds(job: Job, correction: float = 1.0) -> dict[str, float]:
         moved = flow_seconds(job, flows["table rows"])
         out["tables, exposed"] = max(moved - hidden, 0.1 * moved)
     return out
-
-
-def tokens_per_second(job: Job, correction: float = 1.0) -> float:
-    """Tokens of the whole job per second."""
-    tokens = job.cfg.train.global_batch * job.cfg.data.seq_len
-    return tokens / sum(step_seconds(job, correction).values())

@@ -20,6 +20,7 @@ from data.stored import is_remote
 from launcher import config
 from launcher.config import RunConfig
 from launcher.flops import flops_per_token
+from launcher.options import above_zero, whole
 from launcher.plan_job import GIB, Job, Machine
 from launcher.plan_memory import disk_bytes, gpu_memory, host_memory
 from launcher.plan_search import (
@@ -46,13 +47,21 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--gpus-per-node 8 --measured train.json",
     )
     p.add_argument("config", type=Path)
-    p.add_argument("--nodes", type=int, nargs="+", default=[1], help="one plan for each number")
-    p.add_argument("--gpus-per-node", type=int, default=8)
-    p.add_argument("--gpu-memory", type=float, default=machine.gpu_gib, help="GiB of a GPU")
-    p.add_argument("--host-memory", type=float, default=machine.host_gib, help="GiB of a node")
-    p.add_argument("--peak", type=float, default=machine.peak_flops, help="bf16 FLOP/s of a GPU")
-    p.add_argument("--nvlink", type=float, default=machine.nvlink / 1e9, help="GB/s into a GPU")
-    p.add_argument("--network", type=float, default=machine.network / 1e9, help="GB/s into a GPU")
+    p.add_argument(
+        "--nodes", type=whole(1), nargs="+", default=[1], help="one plan for each number"
+    )
+    p.add_argument("--gpus-per-node", type=whole(1), default=8)
+    p.add_argument("--gpu-memory", type=above_zero, default=machine.gpu_gib, help="GiB of a GPU")
+    p.add_argument("--host-memory", type=above_zero, default=machine.host_gib, help="GiB of a node")
+    p.add_argument(
+        "--peak", type=above_zero, default=machine.peak_flops, help="bf16 FLOP/s of a GPU"
+    )
+    p.add_argument(
+        "--nvlink", type=above_zero, default=machine.nvlink / 1e9, help="GB/s into a GPU"
+    )
+    p.add_argument(
+        "--network", type=above_zero, default=machine.network / 1e9, help="GB/s into a GPU"
+    )
     p.add_argument("--measured", type=Path, help="JSON of bench train or bench scaling")
     p.add_argument("--json", type=Path, help="file for all figures")
     return p.parse_known_args(argv)
@@ -171,6 +180,7 @@ def main(argv: Sequence[str]) -> int:
     """Plan and print; returns 1 when a plan does not fit."""
     a, overrides = arguments(argv)
     cfg = config.load(a.config, overrides)
+    config.validate(cfg)
     vocabulary = resolve_vocabulary(cfg)
     machine = Machine(
         gpu_gib=a.gpu_memory, host_gib=a.host_memory, peak_flops=a.peak,

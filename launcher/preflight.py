@@ -155,7 +155,7 @@ def scratch_folders(cfg: RunConfig) -> list[Path]:
         folders.append(node_folder(cfg.data.cache))
     if cfg.engine.offload.uses_nvme:
         folders.append(Path(cfg.engine.offload.nvme_path))
-    if cfg.model.deepembed.kind != "off" and cfg.model.deepembed.tier == "nvme":
+    if cfg.model.row_parts and cfg.model.deepembed.tier == "nvme":
         folders.append(Path(cfg.model.deepembed.nvme_path))
     return folders
 

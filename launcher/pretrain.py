@@ -46,8 +46,7 @@ def main(argv: Sequence[str]) -> int:
         config.parser().print_help()
         return 0 if argv else 2
     path, overrides = Path(argv[0]), list(argv[1:])
-    cfg = config.load(path, overrides)
-    folder = RunFolder(run_folder(path, overrides))
+    cfg, folder = configured(path, overrides)
     cfg.name, cfg.runs = folder.root.name, str(folder.root.parent)
     node = int(os.environ.get("NODE_RANK", "0"))
     if folder.done.exists():
@@ -55,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
         print(summary(folder.root))
         return 0
     try:
+        config.validate(cfg)
         accumulation(cfg, world_size(cfg.launch), ranks_per_node(cfg.launch))
         prepare_corpus(cfg, node)
         cfg = resolved(cfg)
@@ -78,6 +78,17 @@ def main(argv: Sequence[str]) -> int:
         else:
             print(f"stopped with a checkpoint; the same command goes on: {_command(argv)}")
     return code
+
+
+def configured(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunFolder]:
+    """Read the configuration; in the folder of its run is left word when that is impossible."""
+    try:
+        cfg = config.load(path, overrides)
+    except ConfigError as e:
+        if path.exists():
+            RunFolder(run_folder(path, overrides)).refuse(str(e))
+        raise
+    return cfg, RunFolder(run_folder(path, overrides))
 
 
 def _command(argv: Sequence[str]) -> str:

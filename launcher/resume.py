@@ -29,7 +29,8 @@ def save(c: Components) -> None:
         CheckpointError: the checkpoint before could not be written; earlier ones are untouched.
     """
     c.store.wait(lambda: c.watchdog.beat(c.step, "checkpoint"))
-    buffers = c.store.host_buffers(c.engine.snapshot_bytes)
+    tables = sum(table.snapshot_bytes for table in c.tables.values())
+    buffers = c.store.host_buffers(c.engine.snapshot_bytes + tables)
     dense, dense_meta = c.engine.snapshot(buffers)
     tensors, values = random_state(c.engine.device)
     shards: dict[str, Any] = {DENSE: dense, RANDOM: tensors}

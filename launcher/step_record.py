@@ -28,7 +28,7 @@ class StepRecord:
         seconds: wall seconds by part: data, forward, backward, optimizer; checkpoint, for which
             the loop waited since the step before; checkpoint_write, the whole time of a checkpoint
             whose writing beside the steps ended meanwhile.
-        memory_bytes: peak of the GPU, or resident memory of the process.
+        memory_bytes: peak of rank 0's GPU, or resident memory of its process.
         mfu: model FLOP utilisation 0 … 1, None on a CPU.
         sample_ids: which samples the step trained on, when worth keeping.
         event: what happened beside the step: its "kind" (skipped, rollback) and more.

@@ -1,4 +1,4 @@
-"""Which rank holds the others up, and how much of a step waits for data.
+"""Which rank holds the others up, how much of a step waits for data, and who has the most memory.
 
 In a step the ranks meet in every layer, so all of them take equally long and none can tell from its
 own clock who was late. What differs is the time of work between two meetings. It is sampled: the
@@ -21,9 +21,6 @@ from parallel.mesh import Mesh
 
 class Stragglers:
     """Times this rank's share of the work and compares it with the others'."""
-
-    FACTS = 2
-    """Numbers that a rank tells the others: share of the step waited for data, seconds of work."""
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         """Add the clocks to a model with `blocks`; after DeepSpeed has added its own hooks."""
@@ -58,13 +55,22 @@ class Stragglers:
             self._spare += span
         self._spans.clear()
 
-    def facts(self, data_seconds: float, step_seconds: float) -> list[float]:
-        """Return this rank's `FACTS` about the step that has just ended."""
+    def facts(self, data_seconds: float, step_seconds: float, memory: int) -> list[float]:
+        """Return what this rank tells the others about the step that has just ended.
+
+        Args:
+            data_seconds: for which it waited for its data.
+            step_seconds: of the whole step.
+            memory: bytes, see `launcher.step_record.memory_bytes`.
+
+        Returns:
+            Share of the step waited for data, seconds of work, bytes of memory.
+        """
         for first, last in self._spans:
             # Never waited for; the step's loss has been read, so they have passed.
             if last.query():
                 self._seconds += first.elapsed_time(last) / 1000
-        return [data_seconds / max(step_seconds, 1e-9), self._seconds]
+        return [data_seconds / max(step_seconds, 1e-9), self._seconds, float(memory)]
 
     @staticmethod
     def shares(facts: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -73,12 +79,12 @@ class Stragglers:
         Returns:
             `speed/slowest_share`: of its work's time, how long the mean rank waits for the slowest,
             0 … 1; `speed/slowest_rank`; `speed/data_stall_share`: of the step, how long the rank
-            that waited longest for its data did; `speed/data_stall_rank`. Empty without facts.
+            that waited longest for its data did; `speed/data_stall_rank`; `speed/memory_most_gib`
+            of any rank; `speed/memory_most_rank`. Empty without facts.
         """
         if not facts:
             return {}
-        stalls = [stall for stall, _ in facts]
-        work = [seconds for _, seconds in facts]
+        stalls, work, memory = ([fact[i] for fact in facts] for i in range(3))
         slowest = max(work)
         share = 1.0 - sum(work) / len(work) / slowest if slowest > 0 else 0.0
         return {
@@ -86,6 +92,8 @@ class Stragglers:
             "speed/slowest_rank": float(work.index(slowest)),
             "speed/data_stall_share": max(stalls),
             "speed/data_stall_rank": float(stalls.index(max(stalls))),
+            "speed/memory_most_gib": max(memory) / 2**30,
+            "speed/memory_most_rank": float(memory.index(max(memory))),
         }
 
     def _start(self, module: nn.Module, args: object) -> None:

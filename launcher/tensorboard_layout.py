@@ -24,7 +24,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "speed/data_stall_share",
         ),
         "model FLOP utilisation": ("speed/mfu",),
-        "memory, GiB": ("speed/memory_gib",),
+        "memory of rank 0 and the most of any, GiB": ("speed/memory_gib", "speed/memory_most_gib"),
     },
     "Experts": {
         "experts per token": ("moe/experts_per_token",),

@@ -29,6 +29,7 @@ from launcher.spikes import SpikeError
 from launcher.stragglers import Stragglers
 from launcher.trace import Trace
 from parallel.engine import StepResult
+from parallel.transfer import to_device
 from tiny_onn.dynmoe import update_controllers
 
 
@@ -122,7 +123,7 @@ class Trainer:
         c, device = self.c, self.c.engine.device
         # Gradients are summed over micro-batches and averaged over ranks: scaled like this they are
         # those of the mean over every label of the global batch, however the labels are spread.
-        scale = torch.tensor(c.mesh.world / labels, device=device)
+        scale = torch.full((), c.mesh.world / labels, device=device)
         nll_sum = torch.zeros((), device=device)
         sums = nll_sum.double()[None]
         result: StepResult | None = None
@@ -151,7 +152,8 @@ class Trainer:
             with timer("optimizer"):
                 if batch is batches[-1]:
                     counts = {} if c.table is None else c.table.step_numbers()
-                    numbers = torch.tensor([*counts.values()], dtype=torch.float64).to(device)
+                    numbers = torch.tensor([*counts.values()], dtype=torch.float64)
+                    numbers = to_device(numbers, device)
                     sums = torch.cat((nll_sum.double()[None], numbers))
                     dist.all_reduce(sums)
                 result = c.engine.step(accept)
@@ -230,7 +232,8 @@ class Trainer:
             event = {"kind": "skipped", "reason": c.spikes.reason, **behind}
         checkpoint, self.checkpoint_seconds = self.checkpoint_seconds, 0.0
         shares = self.stragglers.shares(c.stop.heard())
-        c.stop.tell(self.stragglers.facts(timer.seconds["data"], timer.total()))
+        memory = memory_bytes(c.engine.device)
+        c.stop.tell(self.stragglers.facts(timer.seconds["data"], timer.total(), memory))
         return StepRecord(
             step=c.step,
             loss=loss,
@@ -248,7 +251,7 @@ class Trainer:
                 "checkpoint": checkpoint,
                 "checkpoint_write": c.store.written_seconds(),
             },
-            memory_bytes=memory_bytes(c.engine.device),
+            memory_bytes=memory,
             mfu=mfu(tokens_per_s, self.flops, c.engine.device, c.mesh.world),
             tables=tables,
             extra=shares,

@@ -28,6 +28,7 @@ from parallel.mesh import Mesh
 from parallel.resident import ResidentWeights, no_gradient
 from parallel.schedule import ScheduleConfig, learning_rate_factor
 from parallel.tensor_file import TensorSource
+from parallel.transfer import to_device
 from parallel.zero_setup import (
     EngineError,
     build_optimizer,
@@ -250,7 +251,7 @@ class Engine:
             groups: list[Tensor] = dense_norms()
             for table in self.tables:
                 norm = table.grad_sq_norm().sqrt()
-                groups.append(norm.to(device=groups[0].device, dtype=groups[0].dtype))
+                groups.append(to_device(norm, groups[0].device).to(groups[0].dtype))
             # The step's one wait for the device.
             self._norm = float(combine(groups))
             if self._accept is not None and not self._accept(self._norm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,12 +36,23 @@ class OptimizerConfig:
     def validate(self) -> None:
         """Raise ValueError, naming the key, when a value cannot be meant."""
         if self.kernel not in ("auto", "torch", "deepspeed"):
-            raise ValueError(f"optimizer.kernel {self.kernel!r} is none of auto, torch, deepspeed")
+            raise ValueError(
+                f"engine.optimizer.kernel {self.kernel!r} is none of auto, torch, deepspeed"
+            )
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"optimizer.betas {self.betas} must lie in [0, 1)")
-        for key in ("lr", "eps", "weight_decay", "clip"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"optimizer.{key} {getattr(self, key)} must not be negative")
+            raise ValueError(f"engine.optimizer.betas {self.betas} must lie in [0, 1)")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(
+                f"engine.optimizer.eps {self.eps} must be above 0: a weight whose gradients are "
+                "all 0 would become 0 / 0"
+            )
+        for key in ("lr", "weight_decay"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(
+                    f"engine.optimizer.{key} {getattr(self, key)} must be finite and not negative"
+                )
+        if not self.clip >= 0:
+            raise ValueError(f"engine.optimizer.clip {self.clip} must not be negative")
 
 
 @dataclass
@@ -72,11 +84,16 @@ class OffloadConfig:
         """Raise ValueError, naming the key, when a value cannot be meant."""
         for key in ("optimizer", "params"):
             if getattr(self, key) not in ("none", "cpu", "nvme"):
-                raise ValueError(f"offload.{key} {getattr(self, key)!r} is none of none, cpu, nvme")
+                raise ValueError(
+                    f"engine.offload.{key} {getattr(self, key)!r} is none of none, cpu, nvme"
+                )
         if self.uses_nvme and not self.nvme_path:
-            raise ValueError("offload to nvme needs offload.nvme_path, a folder on a local disk")
-        if self.params_buffers < 1 or self.params_buffer_numel < 1:
-            raise ValueError("offload.params_buffers and offload.params_buffer_numel must be >= 1")
+            raise ValueError(
+                "offload to nvme needs engine.offload.nvme_path, a folder on a local disk"
+            )
+        for key in ("params_buffers", "params_buffer_numel"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"engine.offload.{key} {getattr(self, key)} must be at least 1")
 
 
 @dataclass
@@ -118,12 +135,17 @@ class ZeroConfig:
     def validate(self) -> None:
         """Raise ValueError, naming the key, when a value cannot be meant."""
         if self.reduce_dtype not in ("fp32", "bf16"):
-            raise ValueError(f"zero.reduce_dtype {self.reduce_dtype!r} is none of fp32, bf16")
+            raise ValueError(
+                f"engine.zero.reduce_dtype {self.reduce_dtype!r} is none of fp32, bf16"
+            )
         for key in ("reduce_bucket_size", "sub_group_size", "max_live_parameters"):
             if getattr(self, key) < 1:
-                raise ValueError(f"zero.{key} {getattr(self, key)} must be positive")
+                raise ValueError(f"engine.zero.{key} {getattr(self, key)} must be positive")
+        for key in ("prefetch_bucket_size", "param_persistence_threshold", "max_reuse_distance"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"engine.zero.{key} {getattr(self, key)} must not be negative")
         if not self.resident_gib >= 0:
-            raise ValueError(f"zero.resident_gib {self.resident_gib} must not be negative")
+            raise ValueError(f"engine.zero.resident_gib {self.resident_gib} must not be negative")
 
 
 @dataclass

@@ -10,7 +10,9 @@ P divides G: every rank gets G / P whole groups for all T tokens.
 P = G·m: the tokens are cut into m chunks. The G ranks whose shards make up a chunk (a row) deal its
 heads out among each other, a group to each; the m ranks that hold the same group (a column) then
 give each other its keys and values. A rank attends with all query heads of its group, for the
-queries of its chunk, to the whole sequence.
+queries of its chunk, to the whole sequence; NSA's Triton kernels also work through the part of the
+chunk's first document that lies in front of it (`nsa_attention_part`), so that for one long
+document m saves them nothing.
 
 Every exchange is one collective of uneven counts, so that T need not divide by P, and is its own
 gradient's reverse. Gradients of keys and values that a column shares are added in fp32, in rank

@@ -29,6 +29,11 @@ class MeshConfig:
 
     group: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse a group of nobody; which sizes fit depends on model and ranks."""
+        if self.group < 1:
+            raise ValueError(f"mesh.group is {self.group}: set it to 1 (no group) or more")
+
 
 class MeshError(RuntimeError):
     """The process cannot take its place among its peers; the message says what to change."""
@@ -63,7 +68,7 @@ class Mesh:
 
     @property
     def group_rank(self) -> int:
-        """Which KV groups this rank works on, 0 <= group_rank < group."""
+        """Which part of a sequence this rank holds, 0 <= group_rank < group."""
         return self.rank % self.group
 
     @property

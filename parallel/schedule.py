@@ -27,15 +27,18 @@ class ScheduleConfig:
     def validate(self, total_steps: int) -> None:
         """Raise ValueError, naming the key, when a value cannot be meant for so many steps."""
         if self.kind not in ("cosine", "wsd"):
-            raise ValueError(f"schedule.kind {self.kind!r} is none of cosine, wsd")
+            raise ValueError(f"engine.schedule.kind {self.kind!r} is none of cosine, wsd")
         if not 0 <= self.warmup <= total_steps:
             raise ValueError(
-                f"schedule.warmup {self.warmup} must lie in 0 … {total_steps}, the run's steps"
+                f"engine.schedule.warmup {self.warmup} must lie in 0 … {total_steps}, the run's "
+                "steps"
             )
         if not 0.0 <= self.decay_fraction <= 1.0:
-            raise ValueError(f"schedule.decay_fraction {self.decay_fraction} must lie in 0 … 1")
+            raise ValueError(
+                f"engine.schedule.decay_fraction {self.decay_fraction} must lie in 0 … 1"
+            )
         if not 0.0 <= self.min_lr_ratio <= 1.0:
-            raise ValueError(f"schedule.min_lr_ratio {self.min_lr_ratio} must lie in 0 … 1")
+            raise ValueError(f"engine.schedule.min_lr_ratio {self.min_lr_ratio} must lie in 0 … 1")
 
 
 def learning_rate_factor(cfg: ScheduleConfig, step: int, total_steps: int) -> float:

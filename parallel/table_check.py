@@ -44,6 +44,8 @@ class Run:
             "before_step" (behind the backward) or "after_step".
         data_world: parts of the global batch, a multiple of the ranks.
         all_ids: every id comes once in every part.
+        sink: gradients are handed over at once, as a model's layers do it, and not through leaves;
+            only for `groups` above 1.
         dtype: compute type.
     """
 
@@ -59,6 +61,7 @@ class Run:
     prefetch: str = "off"
     data_world: int = 4
     all_ids: bool = False
+    sink: bool = False
     dtype: torch.dtype = torch.float32
 
     def ids(self, step: int, batch: int, part: int) -> Tensor:
@@ -127,7 +130,12 @@ def _scale(run: Run, rows: Rows) -> Tensor:
         return 1 + gather_rows(rows.whole(), rows.lookup).float()
     tokens, width = rows.inverse_T.shape[0], run.width // run.groups
     ones_Tw = torch.ones(tokens, width, device=rows.inverse_T.device)
-    return torch.cat([modulate(ones_Tw, part, rows.lookup) for part in rows.parts], dim=1)
+    scaled = []
+    for k in range(run.groups):
+        # Before the part itself, which then gets no gradient from autograd.
+        sink = rows.parts.sink(k) if run.sink else None
+        scaled.append(modulate(ones_Tw, rows.parts[k], rows.lookup, None, sink))
+    return torch.cat(scaled, dim=1)
 
 
 def train_one(mesh: Mesh, run: Run) -> Result:
@@ -206,6 +214,7 @@ def cases(folder: str) -> dict[str, Run]:
     base = Run(prefetch="within", accumulation=2, groups=3)
     runs: dict[str, Run] = {kind: replace(base, cfg=TableConfig(optimizer=kind)) for kind in KINDS}
     runs["one micro-batch"] = replace(base, accumulation=1)
+    runs["handed over"] = replace(base, sink=True)
     runs["compiled kernel"] = replace(base, cfg=TableConfig(kernel="compiled"))
     disk = TableConfig(tier="nvme", nvme_path=folder, cache_rows=20, io_threads=4, direct=False)
     runs["nvme tier"] = replace(base, cfg=disk)

@@ -108,6 +108,16 @@ class StoredRows:
         specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
         return TensorSource(specs, lambda: iter(tensors.values()), in_memory=buffers is not None)
 
+    @property
+    def snapshot_bytes(self) -> int:
+        """Host memory that `snapshot` takes for copies: all fields of rows in a GPU's memory.
+
+        Rows of the other tiers are read where they are.
+        """
+        if self._tier.device.type == "cpu":
+            return 0
+        return self._exchange.local_rows * self.layout.columns * 4
+
     def state_chunks(self, chunk_bytes: int = STATE_CHUNK_BYTES) -> Iterator[dict[str, Tensor]]:
         """Yield this rank's rows in pieces of about `chunk_bytes`, each with its row ids.
 

@@ -24,6 +24,7 @@ from parallel.table_batch import TOGETHER, RowMemory
 from parallel.table_exchange import Exchange, Plan
 from parallel.table_layout import TableError
 from parallel.table_tiers import TierThread
+from parallel.transfer import to_device
 
 
 class BatchGradient:
@@ -222,7 +223,8 @@ class StepGradient:
         self._first: BatchGradient | None = None
         self._begun: list[BatchGradient] = []
         self._folded = False
-        self._place_of_row = torch.full((local_rows,), -1, dtype=torch.int64, device=device)
+        # On the host, as plans are: to ask a GPU which rows are new would be to wait for it.
+        self._place_of_row = torch.full((local_rows,), -1, dtype=torch.int64)
         self._rows: list[Tensor] = []
         self._used = 0
         # Owned by the tier's thread; kept from step to step, as fresh memory costs page faults.
@@ -245,7 +247,7 @@ class StepGradient:
             return
         if not self._folded:
             self._fold()
-        places_N, fresh_N = self._places(batch.plan.wanted_N.to(self._device))
+        places_N, fresh_N = self._places(batch.plan.wanted_N)
         batch.sent = lambda k: self._add(batch, k, places_N, fresh_N)
 
     def squared_norm(self) -> Tensor:
@@ -261,12 +263,13 @@ class StepGradient:
     def rows(self) -> tuple[Tensor, Callable[[int], Tensor]]:
         """Return the touched local rows [P], and what gives part k of their gradients [P, w].
 
-        The latter is for the tier's thread, behind everything submitted so far.
+        The rows are on the host. The latter is for the tier's thread, behind everything submitted
+        so far.
         """
         assert self._first is not None
         self._finish()
         if not self._folded:
-            return self._first.plan.wanted_N.to(self._device), self._first.wait
+            return self._first.plan.wanted_N, self._first.wait
         used = self._used
         return torch.cat(self._rows), lambda k: self._total_LPw[k, :used]
 
@@ -287,22 +290,23 @@ class StepGradient:
         assert first is not None
         first.finish()
         self._folded = True
-        places_N, fresh_N = self._places(first.plan.wanted_N.to(self._device))
+        places_N, fresh_N = self._places(first.plan.wanted_N)
         for k in reversed(range(self._count)):
             self._add(first, k, places_N, fresh_N)
 
     def _places(self, wanted_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where rows' sums are and which rows are new, [N] in the memory of the sums."""
         places_N = self._place_of_row[wanted_N]
         fresh_N = places_N < 0
         fresh_rows = wanted_N[fresh_N]
         end = self._used + fresh_rows.shape[0]
-        new = torch.arange(self._used, end, device=self._device)
+        new = torch.arange(self._used, end)
         places_N[fresh_N] = new
         self._place_of_row[fresh_rows] = new
         self._rows.append(fresh_rows)
         self._used = end
         self._thread.submit(lambda: self._reserve(end))
-        return places_N, fresh_N
+        return to_device(places_N, self._device), to_device(fresh_N, self._device)
 
     def _add(self, batch: BatchGradient, k: int, places_N: Tensor, fresh_N: Tensor) -> None:
         def work() -> None:

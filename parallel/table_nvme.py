@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
+import glob
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +29,10 @@ from kernels.rows_step import RowKernels
 from parallel.table_cache import SlotCache
 from parallel.table_exchange import Exchange
 from parallel.table_layout import RowLayout, TableConfig, TableError
+from parallel.table_memory import cores_near, host_memory, on_cores
 from parallel.table_tiers import RESERVE, Fields, available_host_bytes, refuse_unless_fits
+
+log = logging.getLogger(__name__)
 
 SECTOR = 512
 
@@ -157,7 +162,13 @@ class NvmeTier:
     """Rows of one owner in a `RecordFile`, reached through a `SlotCache` in host memory."""
 
     def __init__(
-        self, path: Path, rows: int, layout: RowLayout, cfg: TableConfig, kernels: RowKernels
+        self,
+        path: Path,
+        rows: int,
+        layout: RowLayout,
+        cfg: TableConfig,
+        kernels: RowKernels,
+        cores: frozenset[int] = frozenset(),
     ) -> None:
         """Make the file and the cache; every row is zero and takes no reading until it is written.
 
@@ -167,6 +178,7 @@ class NvmeTier:
             layout: fields of a row.
             cfg: cache_rows, io_threads and direct.
             kernels: count checksums.
+            cores: whose node the cache's memory is taken from; none to leave it to the kernel.
         """
         self.device = torch.device("cpu")
         self.layout, self.rows, self.path = layout, rows, path
@@ -176,7 +188,7 @@ class NvmeTier:
         self._file = RecordFile(path, rows, self.record_bytes, cfg)
         self._buffer, self._words_SR = self._records(cached)
         # Touched now, so that a lack of memory shows here.
-        self._words_SR.zero_()
+        on_cores(cores, self._words_SR.zero_)
         self._checksums = Checksums(self._words_SR.shape[1], kernels)
         self._cache = SlotCache(rows, cached)
         self._written = torch.zeros(rows, dtype=torch.bool)
@@ -276,7 +288,7 @@ class NvmeTier:
 
     def _records(self, count: int) -> tuple[memoryview, Tensor]:
         """Return page-aligned memory of `count` records, as bytes and as words int64 [count, R]."""
-        memory = mmap.mmap(-1, max(1, count) * self.record_bytes)
+        memory = host_memory(max(1, count) * self.record_bytes)
         words = torch.frombuffer(memory, dtype=torch.int64)
         return memoryview(memory), words.view(-1, self.record_bytes // 8)[:count]
 
@@ -303,15 +315,21 @@ def open_nvme_tier(
     folder.mkdir(parents=True, exist_ok=True)
     rows, size = exchange.local_rows, record_bytes(layout)
     path = folder / f"{exchange.name}-rank{exchange.mesh.rank}.rows"
-    # A file that an earlier run left behind gives its room to this one.
+    # What an earlier run left behind gives its room to this one: the rank's own file is made anew,
+    # those of ranks that this machine no longer has are removed.
     left = path.stat().st_blocks * 512 if path.exists() else 0
+    dead = _left_by_others(exchange, folder)
     refuse_unless_fits(
         exchange,
         f"disk {folder.stat().st_dev}, which holds {folder}",
-        rows * size - left,
+        rows * size - left - sum(other.stat().st_blocks * 512 for other in dead),
         shutil.disk_usage(folder).free,
         "free disk space, choose another nvme_path, a row-wise optimizer, or more machines",
     )
+    for other in dead:
+        log.info("%s: left by a run that was killed, removed", other)
+        other.unlink(missing_ok=True)
+    # Also the moment behind which all ranks may take the room: the next agreement of them all.
     refuse_unless_fits(
         exchange,
         "host memory for the cache",
@@ -319,4 +337,38 @@ def open_nvme_tier(
         int(available_host_bytes() * (1 - RESERVE)),
         "set a smaller cache_rows",
     )
-    return NvmeTier(path, rows, layout, cfg, kernels)
+    return NvmeTier(path, rows, layout, cfg, kernels, cores_near(exchange.mesh.device))
+
+
+def _left_by_others(exchange: Exchange, folder: Path) -> list[Path]:
+    """Return the table's files of ranks that are not on this machine, if no process uses them.
+
+    A run that was killed leaves its files, also those of ranks that a later one with fewer ranks,
+    or with its ranks on other machines, never opens. The first rank of every machine looks. Where
+    machines share the folder, files of ranks that are about to make theirs anew may be among them.
+    """
+    mesh = exchange.mesh
+    if mesh.local_rank:
+        return []
+    ours = range(mesh.rank, mesh.rank + mesh.local_world)
+    dead = []
+    for path in sorted(folder.glob(f"{glob.escape(exchange.name)}-rank*.rows")):
+        rank = re.search(r"-rank(\d+)\.rows$", path.name)
+        if rank is not None and int(rank[1]) not in ours and not _in_use(path):
+            dead.append(path)
+    return dead
+
+
+def _in_use(path: Path) -> bool:
+    """Whether a process holds a file's lock; one that cannot be opened is left alone, too."""
+    try:
+        file = os.open(path, os.O_RDWR)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False

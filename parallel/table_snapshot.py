@@ -81,9 +81,12 @@ class TableSnapshot:
         if late_N.shape[0] == 0:
             return
         self._copied[late_N] = True
-        self._copies.append((late_N, self._tier.peek(late_N)))
+        copies = self._tier.peek(late_N)
         with self._room:
-            self._held += late_N.shape[0]
+            # Nothing is kept for a reader that has left meanwhile.
+            if not self.finished:
+                self._copies.append((late_N, copies))
+                self._held += late_N.shape[0]
 
     def read(self, start: int, stop: int) -> Fields:
         """Return copies of the next chunk's fields."""
@@ -102,9 +105,10 @@ class TableSnapshot:
                 field[places] = copies[name][low:high]
             if high < index_N.shape[0]:
                 kept.append((index_N, copies))
-        self._next, self._copies = end, kept
+        self._next = end
         with self._room:
-            self._held = sum(index_N.shape[0] for index_N, _ in kept)
+            self._copies = [] if self.finished else kept
+            self._held = sum(index_N.shape[0] for index_N, _ in self._copies)
             self._room.notify_all()
         return fields
 

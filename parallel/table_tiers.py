@@ -8,7 +8,6 @@ Shapes: N distinct rows of one call, W columns of their weights.
 
 from __future__ import annotations
 
-import mmap
 import socket
 import sys
 import time
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from parallel.table_exchange import Exchange
 from parallel.table_layout import RowLayout, TableError
+from parallel.table_memory import bind, cores_near, host_memory, on_cores
 
 RESERVE = 0.1
 """Share of the free memory that tables leave to the rest of the run."""
@@ -74,11 +74,24 @@ class Tier(Protocol):
 class MemoryTier:
     """All rows in one arena, in host or device memory; each field is contiguous."""
 
-    def __init__(self, rows: int, layout: RowLayout, device: torch.device) -> None:
-        """Allocate `rows` zero rows; pages are touched, so that a lack of memory shows here."""
+    def __init__(
+        self,
+        rows: int,
+        layout: RowLayout,
+        device: torch.device,
+        cores: frozenset[int] = frozenset(),
+    ) -> None:
+        """Allocate `rows` zero rows; pages are touched, so that a lack of memory shows here.
+
+        Args:
+            rows: local rows.
+            layout: fields of a row.
+            device: whose memory.
+            cores: whose node host memory is taken from; none to leave it to the kernel.
+        """
         self.device = device
         self.layout = layout
-        arena = zeros(rows * layout.columns, device)
+        arena = zeros(rows * layout.columns, device, cores)
         parts = torch.split(arena, [rows * width for width in layout.widths.values()])
         self.fields: Fields = {
             name: part.view(rows, width)
@@ -108,16 +121,12 @@ class MemoryTier:
         """Do nothing: memory is freed with the object."""
 
 
-def zeros(numel: int, device: torch.device) -> Tensor:
-    """Return fp32 zeros, touched; in host memory on huge pages where the machine has them.
-
-    Slices of rows are read all over the arena: with small pages every one would miss the TLB.
-    """
+def zeros(numel: int, device: torch.device, cores: frozenset[int]) -> Tensor:
+    """Return fp32 zeros, touched; in host memory from `host_memory`, near these cores."""
     if device.type != "cpu" or numel == 0:
         return torch.zeros(numel, dtype=torch.float32, device=device)
-    memory = mmap.mmap(-1, 4 * numel)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).zero_()
+    arena = torch.frombuffer(host_memory(4 * numel), dtype=torch.float32)
+    return on_cores(cores, arena.zero_)
 
 
 class TierThread:
@@ -133,7 +142,8 @@ class TierThread:
     def __init__(self, name: str, tier: torch.device, compute: torch.device) -> None:
         """Work for the table `name` whose fields live on `tier`, for a rank that uses `compute`.
 
-        A device tier's work is queued on the GPU by the caller: the GPU keeps the order there.
+        A device tier's work is queued on the GPU by the caller: the GPU keeps the order there. That
+        of the others stays on the cores of the GPU's node.
         """
         self.failure: BaseException | None = None
         self.seconds: dict[str, float] = {}
@@ -142,7 +152,7 @@ class TierThread:
             self._pool = ThreadPoolExecutor(
                 1,
                 thread_name_prefix=f"table-{name}",
-                initializer=partial(_use_device, compute),
+                initializer=partial(_begin, compute, cores_near(compute)),
             )
 
     def submit(self, work: Callable[[], Result], kind: str = "other") -> Future[Result]:
@@ -181,7 +191,8 @@ class TierThread:
             self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
 
 
-def _use_device(device: torch.device) -> None:
+def _begin(device: torch.device, cores: frozenset[int]) -> None:
+    bind(cores)
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -256,4 +267,4 @@ def open_memory_tier(exchange: Exchange, layout: RowLayout, device: torch.device
         free = available_host_bytes()
         kind, remedy = "host memory", "use tier nvme, a row-wise optimizer, or more machines"
     refuse_unless_fits(exchange, kind, needed, int(free * (1 - RESERVE)), remedy)
-    return MemoryTier(exchange.local_rows, layout, device)
+    return MemoryTier(exchange.local_rows, layout, device, cores_near(exchange.mesh.device))

@@ -39,6 +39,7 @@ from parallel.table_exchange import Plan
 from parallel.table_gradient import BatchGradient, StepGradient
 from parallel.table_layout import TableConfig, TableError
 from parallel.table_work import RowWork
+from parallel.transfer import to_device
 
 
 class Rows(NamedTuple):
@@ -246,7 +247,8 @@ class RowTable(StoredRows):
             float(clip_coefficient),
         )
         rows_P, part_of = self._gradient.rows()
-        self._touched.index_fill_(0, rows_P.cpu(), True)
+        self._touched.index_fill_(0, rows_P, True)
+        rows_P = to_device(rows_P, self._tier.device)
         ahead = self._ahead
         if ahead is not None and ahead.reading:
             ahead.gate, ahead.may_defer = Gate(), False
@@ -317,7 +319,7 @@ class RowTable(StoredRows):
     def _plan(self, staged: Staged, fetched: Sequence[Staged]) -> None:
         plan, index = self._exchange.plan(staged.ids_T)
         device = self._tier.device
-        wanted_N = plan.wanted_N.to(device)
+        wanted_N = to_device(plan.wanted_N, device)
         rows_LNw = torch.empty(
             (self.parts, wanted_N.shape[0], self.width // self.parts),
             dtype=self.dtype,

@@ -3,7 +3,7 @@
 A small run that saves at every second step is killed with SIGKILL at a random moment (while it
 starts, trains, saves or ends), started again, and so on until it is done; then the next run begins.
 Every third run has two ranks under the launcher, of which a random one is killed first; the others
-are one rank alone. What must hold:
+are one rank alone. Every other run has its table on disk, with a small cache. What must hold:
 
 - before each start the newest checkpoint on disk that verifies is found by this driver; the run
   goes on from just that one, or from the start when there is none;
@@ -106,6 +106,10 @@ class Soak:
         }
         tree["name"], tree["launch"]["processes"] = name, world
         tree["checkpoint"] = {"every": 2, "keep_last": 3}
+        if name.startswith("run-") and self.count.runs % 2 == 1:
+            # The bits are those of the run that is compared with, whose table is in memory.
+            disk = {"tier": "nvme", "nvme_path": str(self.folder / "nvme"), "direct": False}
+            tree["model"]["deepembed"] |= disk | {"cache_rows": 100}
         path.write_text(yaml.safe_dump(tree))
         cfg = pretrain.resolved(config.load(path))
         folder = RunFolder(Path(cfg.runs) / cfg.name).create()

@@ -103,8 +103,10 @@ class AttentionConfig:
         if self.head_dim % 2:
             raise ValueError(f"attention.head_dim must be even for RoPE, got {self.head_dim}")
         for key in ("rope_theta", "init_std"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"attention.{key} must be positive, got {getattr(self, key)}")
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(
+                    f"attention.{key} must be positive and finite, got {getattr(self, key)}"
+                )
         try:
             self.spec()
         except ValueError as error:

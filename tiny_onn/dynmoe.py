@@ -156,11 +156,17 @@ class DynMoeConfig:
             )
         self._check_whole_numbers()
         for key in ("init_std", "logit_std", "dead_window", "router_temperature"):
-            if getattr(self, key) <= 0:
+            if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"ffn.{key} must be above 0, found {getattr(self, key)}")
-        not_negative = ("surrogate_width", "controller_gain", "balance_gain", "router_coefficient")
-        for key in (*not_negative, "router_kl_weight", "router_ce_weight"):
-            if getattr(self, key) < 0:
+        for key in (
+            "surrogate_width",
+            "router_kl_weight",
+            "router_ce_weight",
+            "router_coefficient",
+            "controller_gain",
+            "balance_gain",
+        ):
+            if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"ffn.{key} must not be negative, found {getattr(self, key)}")
         self.surprise_spec()
 

@@ -13,6 +13,7 @@ U unique ids in the batch, W width of a DeepEmbed vector (C or F), D head dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -78,6 +79,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Give old values their names; raises ValueError, naming the key, on what cannot be."""
         self.activation_checkpointing = checkpointing_of(self.activation_checkpointing)
+        if self.vocab_size < 0:
+            raise ValueError(
+                f"model.vocab_size is {self.vocab_size}: set it to 0 to take the corpus's"
+            )
+        for key in ("width", "layers", "loss_chunk"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key} is {getattr(self, key)}: set it to 1 or more")
+        for key in ("norm_eps", "init_std"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"model.{key} is {getattr(self, key)}: set it above 0")
         if self.embedding_partition not in ("zero3", "rows"):
             raise ValueError(
                 f"embedding_partition {self.embedding_partition!r} is none of zero3, rows"
@@ -348,7 +359,8 @@ class TinyOnn(nn.Module):
             x_TC: Tensor = self.embedding(ids_T)
         else:
             assert layers is not None and index is not None
-            x_TC = gather_rows(layers[0], index)
+            # Rows that travel in fp32 meet weights in the compute type.
+            x_TC = gather_rows(layers[0], index).to(self.norm.weight.dtype)
         if self.deepembed_table is not None:
             values_UW, index = self.deepembed_table(ids_T)
             layers = split_layers(values_UW, self.cfg.layers)

@@ -6,6 +6,7 @@ import warnings
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.documents import Documents
@@ -31,13 +32,15 @@ def nsa_attention(
     spec: NsaSpec,
     *,
     scale: float | None = None,
+    first: int = 0,
     implementation: Implementation = "auto",
     stats: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Native Sparse Attention over packed documents (arXiv 2502.11089), differentiable.
 
     Args:
-        q_THD: queries [T, H, D].
+        q_THD: queries [T, H, D]; with `first` those of the tokens [first, T), and so are the gates
+            and the result.
         k_cmp: keys of the compressed branch, one per token, not yet compressed, [T, G, D]; likewise
             k_slc and k_win. Shared K/V is the same tensor three times.
         v_cmp: values of the compressed branch, one per token, [T, G, E]; likewise v_slc and v_win.
@@ -51,45 +54,43 @@ def nsa_attention(
         docs: document boundaries on q's device; every branch restarts at each document.
         spec: block sizes and counts.
         scale: of the scores, applied in fp32; 1/sqrt(D) by default.
+        first: token of the first query. "blocked" computes nothing for the tokens in front of it;
+            "triton" and "naive" work through queries of zero there, at a query's full cost.
         implementation: "auto" is Triton on a CUDA device that supports the call, else "blocked";
             "naive" is the fp64 oracle.
         stats: receives "selected_distance", fp32 0-dim on the device: mean tokens from a query to
-            the start of its selected blocks, forced ones excluded, 0 when there are none.
+            the start of its selected blocks, forced ones excluded, 0 when there are none; from
+            "triton" also "selected_TGK", see `nsa_attention_triton`.
 
     Returns:
-        [T, H, E] in q's dtype.
+        [T, H, E] in q's dtype; [T - first, H, E] with `first`.
 
     Raises:
         ValueError: shapes do not fit together, or "triton" does not support the call (with the
             reason).
     """
-    _check(q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec)
     call = (q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec)
-    if implementation == "auto":
-        implementation = "blocked"
-        if q_THD.is_cuda:
-            reason = _why_not_triton(*call)
-            if reason is None:
-                implementation = "triton"
-            else:
-                warnings.warn(
-                    f"NSA runs on torch operations, far slower than its Triton kernels: {reason}",
-                    stacklevel=2,
-                )
-    if implementation == "triton":
-        reason = _why_not_triton(*call)
-        if reason is not None:
-            raise ValueError(f"nsa_attention(implementation='triton') cannot run: {reason}")
-        from kernels.nsa.triton_api import nsa_attention_triton
+    _check(*call, first)
+    if implementation == "triton" or (implementation == "auto" and q_THD.is_cuda):
+        reason = _why_not_triton(*call, first)
+        if reason is None:
+            from kernels.nsa.triton_api import run
 
-        return nsa_attention_triton(*call, scale=scale, stats=stats)
-    if implementation == "blocked":
-        return nsa_blocked(*call, scale=scale, stats=stats)
+            return run(*call, scale=scale, first=first, stats=stats)
+        if implementation == "triton":
+            raise ValueError(f"nsa_attention(implementation='triton') cannot run: {reason}")
+        warnings.warn(
+            f"NSA runs on torch operations, far slower than its Triton kernels: {reason}",
+            stacklevel=2,
+        )
+    if implementation in {"auto", "blocked"}:
+        return nsa_blocked(*call, scale=scale, first=first, stats=stats)
     if implementation == "naive":
-        result = nsa_naive(*call, scale=scale)
+        q, gates = (F.pad(x, (0, 0, 0, 0, first, 0)) for x in (q_THD, gates_TH3))
+        result = nsa_naive(q, *call[1:9], gates, docs, spec, scale=scale)
         if stats is not None:
-            stats["selected_distance"] = _naive_distance(result.selection, spec)
-        return result.out_THE.to(q_THD.dtype)
+            stats["selected_distance"] = _naive_distance(result.selection, docs, spec, first)
+        return result.out_THE[first:].to(q_THD.dtype)
     raise ValueError(
         f"implementation '{implementation}' is none of 'auto', 'naive', 'blocked', 'triton'"
     )
@@ -108,6 +109,7 @@ def _why_not_triton(
     gates_TH3: Tensor,
     docs: Documents,
     spec: NsaSpec,
+    first: int,
 ) -> str | None:
     # Imported late: a machine without a GPU need not have Triton.
     try:
@@ -117,7 +119,7 @@ def _why_not_triton(
             raise
         return "the package triton is not installed"
     return supports(
-        q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec
+        q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec, first
     )
 
 
@@ -134,12 +136,15 @@ def _check(
     gates_TH3: Tensor,
     docs: Documents,
     spec: NsaSpec,
+    first: int,
 ) -> None:
     """Refuse tensors that do not fit together; raises ValueError that names the argument."""
-    T, H, D = q_THD.shape
+    n, H, D = q_THD.shape
     G, E = v_slc.shape[1:]
-    if docs.total != T:
-        raise ValueError(f"q has {T} tokens, the documents have {docs.total} in all")
+    T = docs.total
+    if n != T - first or not 0 <= first < docs.total:
+        after = f" from token {first} on" if first else ""
+        raise ValueError(f"q has {n} tokens{after}, the documents have {T} in all")
     if docs.device != q_THD.device:
         raise ValueError(
             f"documents are on {docs.device}, q on {q_THD.device}: use docs.to(device)"
@@ -149,7 +154,7 @@ def _check(
     for name, x, wanted in (
         ("k_cmp", k_cmp, (T, G, D)), ("v_cmp", v_cmp, (T, G, E)), ("k_slc", k_slc, (T, G, D)),
         ("v_slc", v_slc, (T, G, E)), ("k_win", k_win, (T, G, D)), ("v_win", v_win, (T, G, E)),
-        ("gates_TH3", gates_TH3, (T, H, 3)),
+        ("gates_TH3", gates_TH3, (n, H, 3)),
     ):  # fmt: skip
         if x.shape != wanted:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {wanted}")
@@ -164,15 +169,15 @@ def _check(
             )
 
 
-def _naive_distance(selection: list[Tensor], spec: NsaSpec) -> Tensor:
+def _naive_distance(selection: list[Tensor], docs: Documents, spec: NsaSpec, first: int) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=selection[0].device)
     count = torch.zeros_like(total)
-    for chosen_nGJ in selection:
+    for begin, chosen_nGJ in zip(docs.starts, selection, strict=True):
         n, _, J = chosen_nGJ.shape
         _, forced = forced_blocks(n, spec, chosen_nGJ.device)
         t = torch.arange(n, device=chosen_nGJ.device)[:, None]
         start = torch.arange(J, device=chosen_nGJ.device)[None] * spec.select
-        free = chosen_nGJ & ~forced[:, None]
+        free = chosen_nGJ & (~forced & (begin + t >= first))[:, None]
         total += ((t - start)[:, None] * free).sum()
         count += free.sum()
     return (total / count.clamp(min=1)).float()

@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels.documents import Documents
 from kernels.nsa.compression import compress
 from kernels.nsa.plan import Plan, Tile, plan_for
-from kernels.nsa.selection import block_importance, choose_blocks, sum_heads
+from kernels.nsa.selection import block_importance, block_indices, choose_blocks, sum_heads
 from kernels.nsa.spec import NsaSpec, Phi
 from kernels.nsa.tile_attention import attend, attend_backward, scores
 
@@ -207,3 +207,34 @@ def nsa_blocked(
         total, count = torch.stack(distances).sum(0)
         stats["selected_distance"] = total / count.clamp(min=1)
     return out
+
+
+def selected_blocks(
+    q_THD: Tensor,
+    k_cmp: Tensor,
+    phi_k: Phi | None,
+    docs: Documents,
+    spec: NsaSpec,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Choose as `nsa_blocked` does with these arguments: for those who judge the choice.
+
+    Returns:
+        int64 [T, G, K]: pack-wide index of each selected block, ascending, -1 where there is none.
+    """
+    H, D = q_THD.shape[1:]
+    G = k_cmp.shape[1]
+    scale = D**-0.5 if scale is None else scale
+    plan = plan_for(docs, spec, H)
+    with torch.no_grad():
+        k_NGD = compress(k_cmp, phi_k, plan, keys=True)
+        q_GRTD = _by_group(q_THD.contiguous(), G)
+        parts = []
+        for tile in plan.tiles:
+            if tile.scored:
+                chosen = _select(q_GRTD[:, :, tile.begin : tile.end], k_NGD, plan, tile, scale)
+            else:
+                chosen = plan.blocks_of(tile)[0].expand(G, -1, -1)
+            parts.append(block_indices(chosen.transpose(0, 1), tile.block_begin, spec.selected))
+    return torch.cat(parts)

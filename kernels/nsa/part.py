@@ -5,12 +5,10 @@ Shapes: T tokens, n queries, H query heads, G KV groups, D head dim of q and k, 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kernels.documents import Documents
 from kernels.nsa.api import nsa_attention
-from kernels.nsa.blocked import nsa_blocked
 from kernels.nsa.spec import NsaSpec, Phi
 
 KeysValues = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -32,9 +30,10 @@ def nsa_attention_part(
 ) -> Tensor:
     """Rows [first, first + n) of `nsa_attention`, from their queries and everyone's keys.
 
-    Keys after the last query and documents that ended before the first are left out. On a CPU
-    nothing else is computed; elsewhere the tokens of the first query's document in front of it are
-    given queries of zero, which the kernels work through as through any other.
+    Keys after the last query and documents that ended before the first are left out. The blocked
+    path then computes these queries and no other. The Triton kernels work through the whole part
+    of the first query's document in front of it, too, as queries of zero: there a part late in a
+    long document costs as much time and memory as the document up to its end.
 
     Args:
         q_nHD: queries of tokens [first, first + n).
@@ -46,7 +45,7 @@ def nsa_attention_part(
         spec: the sizes.
         first: token of the first query.
         scale: of the scores; 1/sqrt(D) by default.
-        stats: see `nsa_attention`.
+        stats: see `nsa_attention`; of these queries alone.
 
     Returns:
         [n, H, E] in q's dtype.
@@ -59,19 +58,14 @@ def nsa_attention_part(
         raise ValueError(
             f"keys and values of {[x.shape[0] for x in kv]} tokens, documents of {docs.total}"
         )
-    if n == docs.total:
+    if first == 0 and n == docs.total:
         return nsa_attention(
             q_nHD, *kv, phi_k, phi_v, gates_nH3, docs, spec, scale=scale, stats=stats
         )
     begin, seen = docs.seen_by(first, first + n)
     kc, vc, ks, vs, kw, vw = (x[begin : first + n] for x in kv)
     keys = (kc, vc, ks, vs, kw, vw)
-    lead = first - begin
-    if lead and not q_nHD.is_cuda:
-        return nsa_blocked(
-            q_nHD, *keys, phi_k, phi_v, gates_nH3, seen, spec, scale=scale, first=lead, stats=stats
-        )
-    q = torch.nn.functional.pad(q_nHD, (0, 0, 0, 0, lead, 0))
-    gates = torch.nn.functional.pad(gates_nH3, (0, 0, 0, 0, lead, 0))
-    out = nsa_attention(q, *keys, phi_k, phi_v, gates, seen, spec, scale=scale, stats=stats)
-    return out[lead:]
+    return nsa_attention(
+        q_nHD, *keys, phi_k, phi_v, gates_nH3, seen, spec,
+        scale=scale, first=first - begin, stats=stats,
+    )  # fmt: skip

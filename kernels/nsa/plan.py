@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kernels.documents import Documents
+from kernels.documents import Documents, without_waiting
 from kernels.nsa.selection import rank_bias
 from kernels.nsa.spec import NsaSpec
 
@@ -120,7 +120,7 @@ class Plan:
         compressed_last = torch.where(whole, compressed_first + spec.block - 1, docs.total)
 
         def put(x: Tensor) -> Tensor:
-            return x.to(docs.device, non_blocking=True)
+            return without_waiting(x, docs.device)
 
         self.token_of_slot = put(token_of_slot)
         self.slot_of_token = put(slot_of_token)

@@ -71,3 +71,19 @@ def choose_blocks(importance_J: Tensor, bias_J: Tensor, selected: int) -> Tensor
     order = rank.sort(dim=-1, descending=True, stable=True).indices[..., :selected]
     chosen = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, order, True)
     return chosen.logical_and_(bias_J != float("-inf"))
+
+
+def block_indices(chosen_J: Tensor, first: int, selected: int) -> Tensor:
+    """Numbers of the chosen blocks, ascending, then -1: as the Triton kernels give them, but order.
+
+    Args:
+        chosen_J: booleans [..., J], at most `selected` of them true.
+        first: number of block 0 of the J.
+        selected: n, how many numbers to return.
+
+    Returns:
+        int64 [..., selected].
+    """
+    order = chosen_J.byte().argsort(dim=-1, descending=True, stable=True)[..., :selected]
+    numbers = torch.where(chosen_J.gather(-1, order), first + order, -1)
+    return torch.nn.functional.pad(numbers, (0, selected - numbers.shape[-1]), value=-1)

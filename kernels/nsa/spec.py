@@ -18,9 +18,6 @@ EMPTY_LSE = 0.0
 """Log-sum-exp of a query that sees nothing in a branch; its output there is 0. Finite, so that
 exp(score - lse) of a masked score stays 0 and never becomes NaN."""
 
-BRANCHES = ("compressed", "selected", "window")
-"""Order of the branches in the last dimension of the gates."""
-
 
 class Phi(NamedTuple):
     """Compression map φ of one of K and V (eq. 7), the same for every KV group.

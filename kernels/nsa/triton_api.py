@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.documents import Documents
@@ -29,9 +30,11 @@ def supports(  # noqa: PLR0911  (each return is a reason)
     gates_TH3: Tensor,
     docs: Documents,
     spec: NsaSpec,
+    first: int = 0,
 ) -> str | None:
     """Return None when the Triton kernels take these arguments, else the reason why not."""
-    T, H, D = q_THD.shape
+    n, H, D = q_THD.shape
+    T = first + n
     G, DV = v_slc.shape[1:]
     if not q_THD.is_cuda and not INTERPRETED:
         return f"tensors are on {q_THD.device}; Triton needs a CUDA device (or TRITON_INTERPRET=1)"
@@ -86,12 +89,14 @@ def nsa_attention_triton(
     spec: NsaSpec,
     *,
     scale: float | None = None,
+    first: int = 0,
     stats: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Native Sparse Attention by Triton kernels (arXiv 2502.11089, eq. 5 to 12), differentiable.
 
     Args:
-        q_THD: queries [T, H, D], bfloat16 or float16 on a CUDA device.
+        q_THD: queries [T, H, D], bfloat16 or float16 on a CUDA device; with `first` those of the
+            tokens [first, T), and so are the gates and the result.
         k_cmp: keys [T, G, D] of the compressed branch; likewise k_slc and k_win.
         v_cmp: values [T, G, DV] of the compressed branch; likewise v_slc and v_win.
         k_slc: keys of the selected branch.
@@ -105,8 +110,10 @@ def nsa_attention_triton(
         docs: document boundaries, on q's device.
         spec: the sizes.
         scale: of the scores; 1/sqrt(D) by default.
-        stats: receives "selected_TGK", the pack-wide index of each selected block, and
-            "selected_distance", see `selected_distance`.
+        first: token of the first query. The kernels know no queries that begin inside the pack:
+            the tokens in front get queries of zero, which cost as much as any other.
+        stats: receives "selected_TGK", the pack-wide index of each selected block (-1: none) of
+            these queries, and "selected_distance", see `selected_distance`.
 
     Returns:
         [T, H, DV] in q's dtype. Gradients are bitwise the same from run to run.
@@ -114,11 +121,34 @@ def nsa_attention_triton(
     Raises:
         ValueError: with the reason that `supports` gives.
     """
-    reason = supports(
-        q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec
-    )
+    call = (q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec)
+    reason = supports(*call, first)
     if reason is not None:
         raise ValueError(f"the Triton kernels do not support this call: {reason}")
+    return run(*call, scale=scale, first=first, stats=stats)
+
+
+def run(
+    q_THD: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    phi_k: Phi | None,
+    phi_v: Phi | None,
+    gates_TH3: Tensor,
+    docs: Documents,
+    spec: NsaSpec,
+    *,
+    scale: float | None,
+    first: int,
+    stats: dict[str, Tensor] | None,
+) -> Tensor:
+    """`nsa_attention_triton` for a call that `supports` has taken."""
+    if first:
+        q_THD, gates_TH3 = (F.pad(x, (0, 0, 0, 0, first, 0)) for x in (q_THD, gates_TH3))
     layout = packed_layout(docs, spec)
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
     q, *kv = (
@@ -134,21 +164,33 @@ def nsa_attention_triton(
         [getattr(spec, name) for name in SPEC_FIELDS], scale,
     )  # fmt: skip
     if stats is not None:
-        selected = result[8].detach()
+        selected = result[8].detach()[first:]
         stats["selected_TGK"] = selected
-        stats["selected_distance"] = selected_distance(selected, layout.tokens, spec)
-    return result[0]
+        stats["selected_distance"] = selected_distance(selected, layout.tokens, spec, first)
+    return result[0][first:] if first else result[0]
 
 
-def selected_distance(selected_TGK: Tensor, tokens_4T: Tensor, spec: NsaSpec) -> Tensor:
+def selected_distance(
+    selected_nGK: Tensor, tokens_4T: Tensor, spec: NsaSpec, first: int = 0
+) -> Tensor:
     """Mean distance in tokens from a query to the start of its selected blocks, fp32 0-dim.
 
-    Forced blocks are left out; 0 where no query has a free choice.
+    Args:
+        selected_nGK: selected blocks of the queries of the tokens [first, T), -1 for none.
+        tokens_4T: `PackedLayout.tokens`.
+        spec: the sizes.
+        first: token of the first query.
+
+    Returns:
+        The mean over the blocks that are not forced; 0 where no query has a free choice.
     """
-    T = selected_TGK.shape[0]
-    position = torch.arange(T, device=selected_TGK.device, dtype=torch.int32) - tokens_4T[0]
-    local = selected_TGK - tokens_4T[1][:, None, None]
+    document, block = tokens_4T[0, first:], tokens_4T[1, first:]
+    position = (
+        torch.arange(first, first + len(document), device=document.device, dtype=torch.int32)
+        - document
+    )
+    local = selected_nGK - block[:, None, None]
     current = (position // spec.select)[:, None, None]
-    free = (selected_TGK >= 0) & (local >= spec.initial) & (local <= current - spec.local)
+    free = (selected_nGK >= 0) & (local >= spec.initial) & (local <= current - spec.local)
     distance = torch.where(free, position[:, None, None] - local * spec.select, 0)
     return distance.sum(dtype=torch.float32) / free.sum().clamp(min=1)

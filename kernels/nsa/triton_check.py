@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from kernels.nsa.naive import block_importance, select_naive, selection_gap
 from kernels.nsa.spec import NsaSpec, Phi
 
 NAMES = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
+Layout = Literal["apart", "model", "shared"]
 MAP_NAMES = ("phi_k.weight", "phi_k.position", "phi_v.weight", "phi_v.position")
 
 
@@ -57,8 +59,13 @@ def random_case(
     seed: int = 0,
     magnitude: float = 1.0,
     equal: bool = False,
+    layout: Layout = "apart",
 ) -> Case:
-    """Draw random inputs that require gradients; `equal` makes all keys alike, so scores tie."""
+    """Draw random inputs that require gradients; `equal` makes all keys alike, so scores tie.
+
+    `layout` is how keys (and values) of the branches lie: tensors of their own, the model's views
+    of one [T, 3, G, D], or shared, the same tensor three times.
+    """
     spec = NsaSpec() if spec is None else spec
     value_dim = dim if value_dim is None else value_dim
     docs = Documents(lengths, device)
@@ -74,6 +81,13 @@ def random_case(
     if equal:
         keys = [torch.ones_like(k).requires_grad_() for k in keys]
     values = [draw(T, groups, value_dim) for _ in range(3)]
+    if layout == "model":
+        keys, values = (
+            [x.detach().requires_grad_() for x in torch.stack(three, 1).unbind(1)]
+            for three in (keys, values)
+        )
+    elif layout == "shared":
+        keys, values = keys[:1] * 3, values[:1] * 3
     gates = torch.sigmoid(draw(T, heads, 3).float()).to(dtype).detach().requires_grad_()
     maps: list[Tensor] = []
     for width in () if mean else (dim, value_dim):
@@ -168,27 +182,33 @@ class Report:
 
     Attributes:
         errors: name to (own error, reference's error), each |x - fp64| / |fp64|.
+        shapes: name to the tensor's shape; "selection" is [T, G, K].
         gap: most importance (of at most H / G per query) that the selection gave away.
         plain_gap: likewise, of the selection by the reference's own importance.
     """
 
     errors: dict[str, tuple[float, float]]
+    shapes: dict[str, list[int]]
     gap: float
     plain_gap: float
 
     def failures(self, factor: float = 2.0, gap: float = 0.05, floor: float = 1e-5) -> list[str]:
-        """Name every tensor off by more than `factor` times the reference's error.
+        """Name every tensor off by more than `factor` times the reference's error; NaN is off.
 
         The selection may give away `gap`, or `factor` times what the reference's gives away.
         """
         bad = [
-            f"{name}: error {own:.3e}, plain {plain:.3e}, allowed {factor:g} times that"
+            f"{name} {self.shapes[name]}: error {own:.3e}, plain {plain:.3e}, "
+            f"allowed {max(factor * plain, floor):.3e}"
             for name, (own, plain) in self.errors.items()
             if not own <= max(factor * plain, floor)
         ]
         allowed = max(gap, factor * self.plain_gap)
         if not self.gap <= allowed:
-            bad.append(f"selection: gives away importance {self.gap:.3e}, allowed {allowed:g}")
+            bad.append(
+                f"selection {self.shapes['selection']}: gives away importance {self.gap:.3e}, "
+                f"allowed {allowed:.3e}"
+            )
         return bad
 
 
@@ -197,17 +217,27 @@ def compare(
 ) -> Report:
     """Run forward and backward of `run` and of both references; see `Report`.
 
-    `run` takes the arguments of `nsa_attention` and fills `stats["selected_TGK"]`.
+    `run` takes the arguments of `nsa_attention` and fills `stats["selected_TGK"]`. Raises
+    ValueError when its result has not the shape and dtype of one, or a query selected a block of
+    another document.
     """
     stats: dict[str, Tensor] = {}
     out = run(*case.arguments(), scale=scale, stats=stats)
+    q, values = case.tensors[0], case.tensors[2]
+    if out.shape != (*q.shape[:2], values.shape[2]) or out.dtype != q.dtype:
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)} for q of {q.dtype} {list(q.shape)} and values "
+            f"of {list(values.shape)}"
+        )
     generator = torch.Generator(out.device).manual_seed(seed)
     do = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
     own = [out.detach(), *torch.autograd.grad(out, case.tensors, do)]
     selection = selection_masks(stats["selected_TGK"], case.docs, case.spec)
 
     def reference(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in case.tensors]
+        # The same tensor twice is one leaf, which gets the gradients of both places.
+        copies = {id(x): x.detach().to(dtype).requires_grad_() for x in case.tensors}
+        leaves = [copies[id(x)] for x in case.tensors]
         result, importance = dense_reference(case, leaves, selection, scale)
         grads = torch.autograd.grad(result, leaves, do.to(dtype), allow_unused=True)
         filled = [
@@ -221,8 +251,8 @@ def compare(
     # only its size next to the weight's gradient says anything. Other gradients may vanish, too,
     # where all keys are alike or a query sees one key: then their size next to do counts, for keys
     # next to do times the logit's slope, which is what their rounding errors grow with.
-    q = case.tensors[0].detach().double()
-    slope = max(1.0, float(q.square().mean().sqrt()) * (scale or q.shape[-1] ** -0.5))
+    size = float(q.detach().double().square().mean().sqrt())
+    slope = max(1.0, size * (scale or q.shape[-1] ** -0.5))
     errors = {}
     for name, a, p, x in zip(("out", *case.names), own, plain, truth, strict=True):
         scale_of = truth[1 + case.names.index("phi_k.weight")] if name == "phi_k.position" else x
@@ -240,4 +270,6 @@ def compare(
         )
         for chosen in (selection, plain_selection)
     )
-    return Report(errors, gap, plain_gap)
+    shapes = {name: list(x.shape) for name, x in zip(errors, own, strict=True)}
+    shapes["selection"] = list(stats["selected_TGK"].shape)
+    return Report(errors, shapes, gap, plain_gap)

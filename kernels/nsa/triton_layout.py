@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.documents import Documents
+from kernels.documents import Documents, without_waiting
 from kernels.nsa.spec import NsaSpec
 
 _CACHE = "_nsa_triton_layouts"
@@ -112,9 +112,7 @@ def _build(docs: Documents, spec: NsaSpec) -> PackedLayout:
     flat = torch.cat(
         [tokens.flatten(), window.flatten(), slots.flatten(), block_token, block_end]
     ).to(torch.int32)
-    if docs.device.type == "cuda":
-        flat = flat.pin_memory().to(docs.device, non_blocking=True)
-    parts = torch.split(flat, sizes)
+    parts = torch.split(without_waiting(flat, docs.device), sizes)
     return PackedLayout(
         tokens=parts[0].view(4, -1),
         window=parts[1].view(4, -1),

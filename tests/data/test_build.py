@@ -209,7 +209,13 @@ def test_an_empty_split_is_an_error_with_the_remedy(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("validation_fraction", 1.0), ("shard_mb", 0), ("workers", -1), ("tokenizer_sample_mb", 0)],
+    [
+        ("validation_fraction", 1.0),
+        ("shard_mb", 0),
+        ("workers", -1),
+        ("tokenizer_sample_mb", 0),
+        ("vocab_size", 259),
+    ],
 )
 def test_a_value_that_cannot_work_is_refused_by_name(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{key} must"):

@@ -11,17 +11,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from unittest.mock import Mock, patch
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
+from kernels.nsa import NsaCache, nsa_attention, nsa_decode, triton_api
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_api import nsa_attention_triton
-from kernels.nsa.triton_check import compare, random_case
+from kernels.nsa.triton_check import Case, compare, random_case
 from kernels.nsa.triton_layout import packed_layout
-from kernels.nsa.triton_ops import SPEC_FIELDS, NsaFunction, nsa_forward
+from kernels.nsa.triton_ops import SPEC_FIELDS, NsaFunction, nsa_backward, nsa_forward
 
 SMALL = NsaSpec(block=8, stride=4, select=16, selected=4, initial=1, local=2, window=24)
 
@@ -62,22 +66,103 @@ def strided() -> list[str]:
     ]
 
 
+def arguments_of(case: Case) -> tuple[Any, ...]:
+    """What `nsa_forward` takes for this case."""
+    layout, maps = packed_layout(case.docs, case.spec), case.tensors[8:] or (None,) * 4
+    return (
+        *case.tensors[:7], *maps, case.tensors[7],
+        [layout.tokens, layout.window, layout.slots, layout.blocks],
+        [layout.n_blocks, layout.n_slots, layout.longest_blocks, layout.extra_blocks],
+        [getattr(case.spec, name) for name in SPEC_FIELDS], 0.25,
+    )  # fmt: skip
+
+
 def operator() -> list[str]:
     """Compare eager calls with the custom operator that torch.compile sees, bit for bit."""
     case = random_case([3, 36], 2, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
-    layout = packed_layout(case.docs, SMALL)
-    arguments = (
-        *case.tensors[:7], *case.tensors[8:], case.tensors[7],
-        [layout.tokens, layout.window, layout.slots, layout.blocks],
-        [layout.n_blocks, layout.n_slots, layout.longest_blocks, layout.extra_blocks],
-        [getattr(SMALL, name) for name in SPEC_FIELDS], 0.25,
-    )  # fmt: skip
     results = []
     for call in (NsaFunction.apply, nsa_forward):
-        out = call(*arguments)[0]
+        out = call(*arguments_of(case))[0]
         results.append([out, *torch.autograd.grad(out, case.tensors, torch.ones_like(out))])
     names = ("out", *case.names)
     return [n for n, a, b in zip(names, *results, strict=True) if not torch.equal(a, b)]
+
+
+def described(results: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
+    """What torch.compile relies on: dtype, shape and strides of every result."""
+    return [(x.dtype, tuple(x.shape), x.stride()) for x in results]
+
+
+def fakes(tokens: int, chunks: int, **kwargs: Any) -> list[str]:
+    """Compare what the operators' fakes promise with what the kernels give."""
+    case = random_case([3, tokens], 2, 1, spec=SMALL, dtype=torch.float32, device="cpu", **kwargs)
+    real = arguments_of(case)
+    with torch.no_grad():
+        result = nsa_forward(*real)
+        saved, inputs = result[1:], real[:12]
+        grads = nsa_backward(torch.ones_like(result[0]), *inputs, saved, *real[12:])
+    found_chunks = (result[10].numel() - 1) // packed_layout(case.docs, SMALL).n_blocks
+    with FakeTensorMode() as mode, torch.no_grad():
+        fake = tree_map_only(torch.Tensor, mode.from_tensor, real)
+        promised = nsa_forward(*fake)
+        fake_grads = nsa_backward(
+            torch.empty_like(promised[0]), *fake[:12], promised[1:], *fake[12:]
+        )
+    bad = [] if found_chunks == chunks else [f"{found_chunks} chunks of tokens"]
+    for name, found, wanted in (
+        ("forward", described(promised), described(result)),
+        ("backward", described(fake_grads), described(grads)),
+    ):
+        if found != wanted:
+            bad.append(f"{name}: promised {found}, got {wanted}")
+    return bad
+
+
+def decoding() -> list[str]:
+    """Decode token by token and compare with every row of the kernels' forward."""
+    case = random_case([75], 2, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
+    q, *kv, phi_k, phi_v, gates, _, _ = case.arguments()
+    cache, rows = NsaCache(SMALL), []
+    for t in range(75):
+        own = [x[t : t + 1] for x in (q, *kv, gates)]  # type: ignore[index]
+        rows.append(nsa_decode(*own[:7], phi_k, phi_v, own[7], cache))  # type: ignore[arg-type]
+    with torch.no_grad():
+        whole = nsa_attention_triton(*case.arguments())  # type: ignore[arg-type]
+    worst = (torch.cat(rows) - whole).norm(dim=(1, 2)) / whole.norm(dim=(1, 2))
+    return [f"token {t}: {worst[t]:.1e}" for t in (worst >= 1e-5).nonzero().flatten().tolist()]
+
+
+def later_queries() -> list[str]:
+    """Attend with the queries from the middle of a document on, as the blocked path does."""
+    case = random_case([86, 3], 1, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
+    first = 72
+    late = [x.detach()[first:].requires_grad_() for x in (case.tensors[0], case.tensors[7])]
+    tensors = [late[0], *case.tensors[1:7], late[1], *case.tensors[8:]]
+    results, distances = [], []
+    for implementation in ("triton", "blocked"):
+        stats: dict[str, torch.Tensor] = {}
+        out = nsa_attention(
+            *case.arguments(tensors), first=first, implementation=implementation, stats=stats
+        )  # type: ignore[call-overload]
+        results.append([out, *torch.autograd.grad(out, tensors, torch.ones_like(out))])
+        distances.append(stats["selected_distance"])
+    # The rows in front are queries of zero: their ties would choose the lowest blocks.
+    bad = [] if torch.allclose(*distances) else [f"distances {distances}"]
+    names = ("out", *case.names)
+    return bad + [
+        name
+        for name, a, b in zip(names, *results, strict=True)
+        if name != "phi_k.position" and not (a - b).norm() < 1e-4 * b.norm()
+    ]
+
+
+def asked_once() -> list[str]:
+    """Count how often a call is looked at before it is launched: that is time of the host."""
+    case = random_case([20], 1, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
+    counted = Mock(wraps=triton_api.supports)
+    with patch.object(triton_api, "supports", counted):
+        nsa_attention(*case.arguments(), implementation="triton")  # type: ignore[arg-type]
+    return [] if counted.call_count == 1 else [f"asked {counted.call_count} times"]
 
 
 def heads_per_group(n: int) -> list[str]:
@@ -115,6 +200,17 @@ CASES: dict[str, Callable[[], list[str]]] = {
     ),
     "two runs are bitwise equal": repeats,
     "strided inputs": strided,
+    "keys and values as the model lays them": lambda: check(
+        [3, 40], heads=4, groups=2, dim=16, layout="model"
+    ),
+    "shared keys and values": lambda: check([40], heads=2, groups=1, dim=16, layout="shared"),
+    "decoding gives the rows of the forward": decoding,
+    "fakes promise what the kernels give": partial(fakes, 130, 2, dim=16),
+    "fakes of other widths without a map": partial(
+        fakes, 20, 1, dim=48, value_dim=16, mean=True
+    ),
+    "queries from the middle of a document on": later_queries,
+    "a call is looked at once": asked_once,
     "eager calls equal the custom operator": operator,
 }  # fmt: skip
 

@@ -349,11 +349,3 @@ def test_blocked_on_a_gpu_equals_the_oracle_and_itself(dtype, tolerance, widths)
         out = nsa_blocked(*case.call)
         runs.append([out, *torch.autograd.grad(out, case.tensors, torch.ones_like(out))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-def test_documents_on_a_gpu_without_a_number_are_on_the_current_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    docs = Documents([3], "cuda")
-    assert docs.device == torch.device("cuda:1") and docs.to("cuda") is docs

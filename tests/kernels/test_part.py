@@ -35,6 +35,43 @@ def test_a_part_of_nsa_is_its_rows_of_the_whole(first: int, stop: int) -> None:
         assert torch.allclose(torch.zeros_like(w) if f is None else f, w, atol=1e-10)
 
 
+def test_distances_of_a_part_are_of_its_own_queries() -> None:
+    spec = NsaSpec(block=8, stride=4, select=16, selected=4, window=24)
+    case = random_case((300, 20), spec, dtype=torch.float64)
+    q, *kv, phi_k, phi_v, gates, docs, _ = case.call
+    for first in (0, 100, 250):
+        found: dict[str, torch.Tensor] = {}
+        wanted: dict[str, torch.Tensor] = {}
+        late = (q[first:], *kv, phi_k, phi_v, gates[first:], docs, spec)
+        out = nsa_attention(*late, first=first, implementation="naive", stats=wanted)
+        part = nsa_attention_part(
+            q[first:], kv, phi_k, phi_v, gates[first:], docs, spec, first, stats=found
+        )
+        assert torch.allclose(out, part)
+        assert torch.allclose(found["selected_distance"], wanted["selected_distance"])
+
+
+def test_a_part_of_nsa_that_does_not_fit_is_refused_by_name() -> None:
+    case = random_case(LENGTHS, SPEC)
+    q, *kv, phi_k, phi_v, gates, docs, spec = case.call
+    rest = (phi_k, phi_v, gates[90:120], docs, spec, 90)
+    assert nsa_attention_part(q[90:120], kv, *rest).shape == (30, 4, 16)
+    with pytest.raises(
+        ValueError, match=r"gates_TH3 has shape \(29, 4, 3\), expected \(30, 4, 3\)"
+    ):
+        nsa_attention_part(q[90:120], kv, phi_k, phi_v, gates[90:119], docs, spec, 90)
+    with pytest.raises(ValueError, match=r"v_win has shape \(49, 2, 8\), expected"):
+        nsa_attention_part(q[90:120], (*kv[:5], kv[5][..., :8]), *rest)
+    with pytest.raises(ValueError, match="3 query heads cannot be shared evenly by 2 KV groups"):
+        nsa_attention_part(q[90:120, :3], kv, *rest)
+    with pytest.raises(ValueError, match=r"values of \[420, .*419\] tokens, documents of 420"):
+        nsa_attention_part(q[90:120], (*kv[:5], kv[5][1:]), *rest)
+    with pytest.raises(ValueError, match=r"tokens 1\.\.421 of documents of 420"):
+        nsa_attention_part(q, kv, phi_k, phi_v, gates, docs, spec, 1)
+    with pytest.raises(ValueError, match="q has 30 tokens from token 91 on, the documents have"):
+        nsa_attention(q[90:120], *kv, phi_k, phi_v, gates[90:120], docs, spec, first=91)
+
+
 @pytest.mark.parametrize(("first", "stop"), PARTS)
 def test_a_part_of_full_attention_is_its_rows_of_the_whole(first: int, stop: int) -> None:
     docs = Documents(LENGTHS)

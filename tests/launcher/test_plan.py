@@ -12,10 +12,14 @@ import pytest
 import torch
 
 from launcher import config, plan_verb
-from launcher.config import RunConfig
+from launcher.config import ConfigError, RunConfig
 from launcher.plan_job import GIB, Job, Machine
 from launcher.plan_memory import (
+    PARTIAL_ROWS,
+    PIECE,
+    SCORED,
     activations,
+    attention_buffers,
     attention_saved,
     ffn_saved,
     gpu_memory,
@@ -25,6 +29,7 @@ from launcher.plan_memory import (
 )
 from launcher.plan_search import changed, correction_for, measured_points, problems, remedies
 from launcher.plan_time import (
+    attention_load,
     communication,
     compute_seconds,
     optimizer_seconds,
@@ -106,6 +111,18 @@ def test_states_by_hand(tiny: RunConfig) -> None:
     assert device["table"] == 4 * 256 * (64 + 64 + 2 + 1)
 
 
+def test_a_checkpoint_copies_a_table_on_the_device_and_reads_others_where_they_are(
+    tiny: RunConfig,
+) -> None:
+    table = 4 * 256 * (64 + 64 + 2 + 1)
+    off = host_memory(job(tiny, model__deepembed__kind="off"))
+    for tier, share in (("device", 1.0), ("host", 0.25), ("nvme", 0.25)):
+        copies = host_memory(
+            job(tiny, model__deepembed__tier=tier, model__deepembed__nvme_path="/local")
+        )["checkpoint"]
+        assert copies - off["checkpoint"] == pytest.approx(2 * share * table), tier
+
+
 def test_saved_tensors_by_hand(tiny: RunConfig) -> None:
     planned = job(tiny)
     t, C, H, G, D, b, g = 128, 32, 4, 2, 16, 3, 2
@@ -124,6 +141,83 @@ def test_saved_tensors_by_hand(tiny: RunConfig) -> None:
     assert attention_saved(full) == (
         norm + 2 * t * (H + 2 * G) * D * 2 + t * H * (2 * D + 4) + 2 * t * H * D
     )
+
+
+def test_nsa_beyond_its_groups_costs_and_holds_what_the_padded_kernels_do() -> None:
+    words = ["--model.vocab_size", "32768", "--data.seq_len", "131072"]
+    cfg = config.load(REPOSITORY / "launcher/configs/1b.yaml", words)
+    whole, split = (changed(Job(cfg, 1, 8), (("mesh.group", p),)) for p in (4, 8))
+    assert (split.heads, split.kv_groups) == (whole.heads, whole.kv_groups) == (4, 1)
+    assert split.spans == [[(0, 65536)], [(65536, 131072)]]
+    # The last row's zero queries cost as much as others: nothing is saved.
+    assert split.queries == whole.queries == 131072
+    nsa = [f"attention_{part}" for part in ("compressed", "scoring", "selected", "window")]
+    for part in (*nsa, "compression"):
+        assert compute_seconds(split)[part] == pytest.approx(2 * compute_seconds(whole)[part])
+    assert compute_seconds(split)["experts"] == compute_seconds(whole)["experts"]
+    kept = [attention_saved(p) - 2 * p.shard * 16 * 128 for p in (whole, split)]
+    own = [6 * p.shard * 2048 + (2 * 40 * 128 + 4 * 28 * 128) * p.shard for p in (whole, split)]
+    assert kept[0] - own[0] == kept[1] - own[1] > 2**29
+    assert attention_buffers(split) > attention_buffers(whole)
+    # Full attention takes its own queries only.
+    full = changed(split, (("model.attention.kind", "full"),))
+    assert full.queries == 65536
+    alone = changed(whole, (("model.attention.kind", "full"),))
+    ratio = compute_seconds(full)["attention_full"] / compute_seconds(alone)["attention_full"]
+    assert ratio == pytest.approx(3 / 2)
+    # Rows that begin where a sequence does have no tokens in front of theirs.
+    pair = changed(split, (("train.micro_batch", 2), ("data.seq_len", 65536)))
+    assert pair.spans == [[(0, 65536)], [(0, 65536)]] and pair.queries == 65536
+    assert attention_load(pair)["attention_compressed"] == attention_load(pair)["compression"] == 1
+
+
+def test_a_larger_group_is_a_remedy_only_where_it_saves_memory() -> None:
+    words = ["--model.vocab_size", "32768", "--data.seq_len", "131072", "--mesh.group", "4"]
+    words += ["--model.activation_checkpointing", "offload", "--model.ffn.kind", "dense"]
+    cfg = config.load(REPOSITORY / "launcher/configs/1b.yaml", words)
+    planned = changed(Job(cfg, 1, 8), ())
+    larger = changed(planned, (("mesh.group", 8),))
+    need, after = (sum(gpu_memory(p).values()) / GIB for p in (planned, larger))
+    # What attention works on stays, what a rank has per token of its own does not.
+    assert 0 < need - after < 0.25 * need
+    for gib, fits in ((after * 1.01, True), (after * 0.99, False)):
+        tight = replace(planned, machine=Machine(gpu_gib=gib / (1 - Machine().reserve)))
+        found = [changes for changes, _ in remedies(tight, 99)]
+        assert ((("mesh.group", 8),) in found) == fits
+
+
+def test_attention_buffers_by_hand(tiny: RunConfig) -> None:
+    planned = job(tiny)
+    T, H, D, g, n = 128, 4, 16, 2, 3
+    slots, blocks = T * H * n, T // 16
+    pieces = T * g * n // PIECE + 1 + g * blocks
+    gradients = 2 * D * (2 * T * H + 6 * T * g + slots) + 8 * D * (T * g + 16 * pieces)
+    assert attention_buffers(planned) == gradients + 30 * T * H + 8 * D * H * T // 4
+    monster = job(tiny, data__seq_len=2**22, train__micro_batch=1)
+    held = attention_buffers(monster)
+    assert held > 2 * D * PARTIAL_ROWS + 8 * D * 2**22 * g
+
+
+def test_sizes_of_the_kernels_buffers_are_those_of_the_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from kernels.nsa import triton_config
+
+    monkeypatch.setattr(triton_config, "INTERPRETED", False)
+    for dim in (64, 128, 192):
+        tiles = triton_config.kernel_configs(dim)
+        found = (tiles.partial_rows, tiles.piece_backward, tiles.score_chunk)
+        assert found == (PARTIAL_ROWS, PIECE, SCORED)
+
+
+def test_a_kept_output_is_in_host_memory(tiny: RunConfig) -> None:
+    kept: dict[str, Any] = {"model__ffn__kind": "dense", "model__deepembed__keep_output": True}
+    again = "model__activation_checkpointing"
+    host = host_memory(job(tiny, **kept, **{again: "recompute"}))
+    assert host["DeepEmbed's inputs"] == 2 * 1 * 2 * 128 * 32
+    assert host_memory(job(tiny, **kept))["DeepEmbed's inputs"] == 0
+    sparse = host_memory(job(tiny, **{again: "recompute", "model__deepembed__keep_output": True}))
+    assert sparse["DeepEmbed's inputs"] == 0
 
 
 def test_checkpoints_keep_inputs_only_and_offload_two_of_them(tiny: RunConfig) -> None:
@@ -255,5 +349,11 @@ def test_the_verb_prints_every_part_and_writes_it(
     fits = [*words[:1], "--nodes", "8", "--mesh.group", "4"]
     assert plan_verb.main(fits) == 0
     assert "group exchange" in capsys.readouterr().out
+    for option, number in (("--nodes", "0"), ("--gpus-per-node", "0"), ("--peak", "-1")):
+        with pytest.raises(SystemExit):
+            plan_verb.main([*words[:1], option, number])
+        assert f"argument {option}: {number} must be" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"mesh\.group is 0: set it to 1"):
+        plan_verb.main([*words[:1], "--mesh.group", "0"])
     with pytest.raises(ValueError, match="neither divides the 4 KV groups"):
         plan_verb.main([*words[:1], "--mesh.group", "3"])

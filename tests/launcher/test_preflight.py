@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from launcher import preflight
+from launcher import config, preflight
 from launcher.lifecycle import LaunchConfig, RunError
 from launcher.preflight import Report, check_folder, check_network
 from launcher.preflight_judge import find_faults
 from launcher.ranks import Rendezvous, free_port
+from tests.launcher.tiny import CONFIG
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -37,6 +38,21 @@ def reports(nodes: int = 4, links: bool = True) -> list[dict[str, Any]]:
 
 def test_fit_nodes_have_no_fault() -> None:
     assert find_faults(NAMES, list(reports())) == ({}, [])
+
+
+def test_folder_of_the_nvme_tier_is_probed_where_a_table_uses_it(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG.format(runs="runs", corpus="corpus"))
+    nvme = ["--model.deepembed.tier", "nvme", "--model.deepembed.nvme_path", str(tmp_path)]
+    off = ["--model.deepembed.kind", "off"]
+    embedding = ["--model.embedding_partition", "rows", "--model.tie_embeddings", "false"]
+    for words, folders in (
+        (nvme, [tmp_path]),
+        ([*nvme, *off], []),
+        ([*nvme, *off, *embedding], [tmp_path]),
+        ([*nvme, "--model.deepembed.partition", "zero3"], []),
+    ):
+        assert preflight.scratch_folders(config.load(path, words)) == folders, words
 
 
 @pytest.mark.parametrize("node", [0, 2])

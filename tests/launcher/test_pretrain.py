@@ -246,12 +246,19 @@ def test_killed_at_three_random_moments_it_ends_as_if_nothing_had_happened(
     reference: Path, corpus: Path, tmp_path: Path
 ) -> None:
     path, run = tiny_config(tmp_path, corpus), tmp_path / "runs" / "tiny"
+    # In every other life the table is on disk, with a cache of fewer rows than a step has: they are
+    # written back all the time.
+    nvme = tmp_path / "nvme"
+    words = ["--model.deepembed.tier", "nvme", "--model.deepembed.nvme_path", str(nvme)]
+    words += ["--model.deepembed.cache_rows", "100", "--model.deepembed.direct", "false"]
     moments = sorted(random.sample(range(1, 12), 3))
     print("killed after the lines of steps", moments)
-    for moment in moments:
-        kill_after(tiny_onn("pretrain", path), run, moment)
-    code, output = finish(tiny_onn("pretrain", path))
+    for life, moment in enumerate(moments):
+        kill_after(tiny_onn("pretrain", path, *(words if life % 2 == 0 else ())), run, moment)
+        assert len(list(nvme.glob("*-rank*.rows"))) == 2
+    code, output = finish(tiny_onn("pretrain", path, *words))
     assert code == 0, output
+    assert not list(nvme.iterdir())
     assert_same_run(run, reference)
 
 

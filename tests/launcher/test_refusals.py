@@ -10,6 +10,7 @@ import pytest
 from data import patient
 from data.index import DataError, StoreAwayError
 from launcher import pretrain
+from launcher.config import ConfigError
 from launcher.lifecycle import RunFolder
 from launcher.ranks import free_port
 from tests.launcher.tiny import tiny_config
@@ -39,6 +40,18 @@ def test_a_store_that_is_away_at_the_start_may_be_tried_again_and_a_wrong_addres
     with pytest.raises(error, match=f"cannot fetch {address}/index"):
         pretrain.main([str(path), *words])
     assert folder.refused.exists() == refused
+
+
+@pytest.mark.parametrize("word", ["--model.widht=3", "--train.micro_batch=0", "--seed=.nan"])
+def test_a_configuration_that_cannot_be_is_refused_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.setenv("TINY_ONN_TRY", "job7-try0")
+    path = tiny_config(tmp_path, tmp_path / "corpus")
+    folder = RunFolder(tmp_path / "runs" / "tiny").create()
+    with pytest.raises(ConfigError) as e:
+        pretrain.main([str(path), word])
+    assert folder.refused.read_text() == f"{e.value}\n"
 
 
 def test_the_command_that_goes_on_can_be_pasted(

@@ -54,7 +54,8 @@ def train(mesh: Mesh, folder: str) -> list[dict[str, float]]:
         dist.barrier()
         model(torch.ones(2, 4))
         shares.append(stragglers.shares(stop.heard()))
-        stop.tell(stragglers.facts(data, time.perf_counter() - start))
+        memory = (mesh.rank == 2) * 2**32 + 2**30
+        stop.tell(stragglers.facts(data, time.perf_counter() - start, memory))
         assert stop.requested(step) is StopReason.NONE
     stop.finish()
     return shares
@@ -69,16 +70,19 @@ def test_all_ranks_know_who_was_slow_in_the_step_before(tmp_path: Path) -> None:
             assert 0.2 < share["speed/slowest_share"] < 0.55
             assert share["speed/data_stall_rank"] == 2
             assert 0.1 < share["speed/data_stall_share"] < 0.7
+            assert (share["speed/memory_most_gib"], share["speed/memory_most_rank"]) == (5.0, 2)
 
 
 def test_equal_ranks_have_no_slowest_share() -> None:
-    assert Stragglers.shares([[0.1, 2.0], [0.3, 2.0]]) == {
+    assert Stragglers.shares([[0.1, 2.0, 2.0**30], [0.3, 2.0, 0.0]]) == {
         "speed/slowest_share": 0.0,
         "speed/slowest_rank": 0.0,
         "speed/data_stall_share": 0.3,
         "speed/data_stall_rank": 1.0,
+        "speed/memory_most_gib": 1.0,
+        "speed/memory_most_rank": 0.0,
     }
-    assert Stragglers.shares([[0.0, 0.0]])["speed/slowest_share"] == 0.0
+    assert Stragglers.shares([[0.0, 0.0, 0.0]])["speed/slowest_share"] == 0.0
     assert Stragglers.shares([]) == {}
 
 
@@ -94,6 +98,6 @@ def test_on_a_gpu_work_is_timed_by_events_without_a_wait(monkeypatch: pytest.Mon
     for _ in range(3):
         stragglers.begin()
         model(torch.ones(2, 4, device=device)).sum().item()
-        stall, seconds = stragglers.facts(1.0, 4.0)
+        stall, seconds, _ = stragglers.facts(1.0, 4.0, 0)
         assert stall == 0.25
         assert 0 < seconds < 1

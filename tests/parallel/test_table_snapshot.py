@@ -112,6 +112,42 @@ def test_second_snapshot_waits_its_turn_and_a_closed_one_holds_nothing() -> None
     table.close()
 
 
+def test_copy_made_while_the_reader_leaves_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(all_ids=True)
+    table = make_table(SINGLE, run)
+    train(SINGLE, run, table, last=1)
+    source = table.snapshot(None, chunk_bytes=700)
+    peek = table._tier.peek
+
+    def leave(index_N: Tensor) -> dict[str, Tensor]:
+        copies = peek(index_N)
+        source.close()
+        return copies
+
+    monkeypatch.setattr(table._tier, "peek", leave)
+    train(SINGLE, run, table, first=1, last=2)
+    table.flush()
+    assert table._snapshot is not None and table._snapshot.finished
+    assert table._snapshot._copies == [] and table._snapshot._held == 0
+    table.close()
+
+
+def test_memory_of_a_snapshot_is_that_of_rows_in_a_gpus_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for cfg in configurations(tmp_path):
+        table = make_table(SINGLE, Run(cfg))
+        assert table.snapshot_bytes == 0
+        table.close()
+    table = make_table(SINGLE, Run(TableConfig(tier="device")))
+    # As a GPU's, of which a snapshot copies all fields to buffers that stay.
+    monkeypatch.setattr(table._tier, "device", torch.device("cuda"))
+    buffers = HostBuffers(SINGLE)
+    table.snapshot(buffers)
+    held = sum(buffer.nbytes for buffer in buffers._buffers.values())
+    assert table.snapshot_bytes == held == 4 * 97 * table.layout.columns
+
+
 def test_step_waits_while_a_slow_reader_lets_copies_pile_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

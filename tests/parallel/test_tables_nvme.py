@@ -1,6 +1,7 @@
 """The nvme tier: the same bits as memory, whatever the cache, and never garbage from a disk."""
 
 import errno
+import fcntl
 import mmap
 import os
 from dataclasses import replace
@@ -196,6 +197,31 @@ def test_file_left_by_a_killed_run_is_replaced(tmp_path):
     (tmp_path / "t-rank0.rows").write_bytes(b"left behind" * 10_000)
     result = train_one(SINGLE, Run(on_disk(tmp_path, cache_rows=5), steps=3))
     assert result.losses == train_one(SINGLE, Run(steps=3)).losses
+
+
+def test_files_of_ranks_that_a_killed_run_had_more_of_give_their_room(tmp_path, monkeypatch):
+    for name in ("t-rank0.rows", "t-rank1.rows", "t-rank12.rows", "t-rank2.rows", "u-rank1.rows"):
+        (tmp_path / name).write_bytes(b"left behind" * 10_000)
+    left = (tmp_path / "t-rank1.rows").stat().st_blocks * 512
+    with (tmp_path / "t-rank2.rows").open() as used:
+        # Another run's, which goes on.
+        fcntl.flock(used, fcntl.LOCK_EX)
+        run = Run(on_disk(tmp_path, cache_rows=5), rows=2000)
+        # The rank's own file gives its room, and so do those of ranks 1 and 12.
+        free = 2000 * SECTOR - 3 * left
+
+        def disk_of(free_bytes):
+            usage = type("U", (), {"free": free_bytes})
+            monkeypatch.setattr(table_nvme.shutil, "disk_usage", lambda _: usage)
+
+        disk_of(free - 1)
+        with pytest.raises(TableError, match="disk"):
+            make_table(SINGLE, run)
+        disk_of(free)
+        table = make_table(SINGLE, run)
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == ["t-rank0.rows", "t-rank2.rows", "u-rank1.rows"]
+        table.close()
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a tmpfs")

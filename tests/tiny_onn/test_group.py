@@ -38,9 +38,13 @@ SPARSE = ModelConfig(
     ),
     deepembed=DeepEmbedConfig(kind="output"),
 )  # fmt: skip
-TWO_GROUPS = replace(SPARSE, attention=replace(SPARSE.attention, groups=2, shared_kv=True))
+TWO_GROUPS = replace(
+    SPARSE,
+    attention=replace(SPARSE.attention, groups=2, shared_kv=True),
+    deepembed=DeepEmbedConfig(kind="hidden"),
+)
 FULL = replace(SPARSE, attention=replace(SPARSE.attention, kind="full", groups=2))
-MODELS = {"four groups": SPARSE, "two groups": TWO_GROUPS, "full": FULL}
+MODELS = {"four groups": SPARSE, "two groups, hidden": TWO_GROUPS, "full": FULL}
 
 Result = tuple[list[float], list[float], list[float]]
 
@@ -68,8 +72,8 @@ def train(mesh: Mesh, model: str, group: int) -> Result:
     torch.manual_seed(0)
     exchange = GroupExchange(mesh, cfg.attention.groups) if group > 1 else None
     accumulation = SEQUENCES // mesh.data
-    table = RowTable("deepembed", V, cfg.layers * cfg.width, mesh, cfg.deepembed,
-                     dtype=torch.float32, groups=cfg.layers)  # fmt: skip
+    table = RowTable("deepembed", V, cfg.row_width, mesh, cfg.deepembed,
+                     dtype=torch.float32, groups=cfg.row_parts)  # fmt: skip
     engine = Engine(
         lambda: TinyOnn(cfg, exchange),
         EngineConfig(
@@ -131,7 +135,7 @@ def worst(found: list[float], wanted: list[float]) -> float:
 
 @pytest.mark.parametrize(
     ("model", "group"),
-    [("four groups", 2), ("four groups", 4), ("two groups", 4), ("full", 4)],
+    [("four groups", 2), ("four groups", 4), ("two groups, hidden", 4), ("full", 4)],
 )
 def test_losses_and_norms_are_those_of_one_rank(
     four_ranks: Ranks, alone: dict[str, Result], model: str, group: int

@@ -162,6 +162,36 @@ def test_input_embedding_in_the_rows_gives_the_same_loss_and_gradients(home: str
         outside(ids, ids.roll(-1), Documents([50, 90]), ONE / 140)
 
 
+@pytest.mark.parametrize("transport", [torch.bfloat16, torch.float32])
+def test_input_embedding_in_the_rows_feeds_a_bf16_model_whatever_rows_travel_in(
+    transport: torch.dtype,
+) -> None:
+    deepembed = replace(SPARSE.deepembed, partition="rows")
+    cfg = replace(SPARSE, tie_embeddings=False, deepembed=deepembed, embedding_partition="rows")
+    torch.manual_seed(0)
+    model = TinyOnn(cfg).bfloat16()
+    ids = torch.randint(0, V, (140,))
+    unique, inverse = unique_ids(ids)
+    # Numbers that bf16 holds exactly, so that both ways must give the same bits.
+    values = (0.1 * torch.randn(len(unique), cfg.row_width)).bfloat16()
+    rows = values.to(transport).requires_grad_()
+    parts = split_layers(rows, cfg.row_parts)
+    index = row_index(inverse, len(unique))
+    output = model(ids, ids.roll(-1), Documents([50, 90]), ONE / 140, parts, index)
+    output.loss.backward()
+    plain = model(
+        ids,
+        ids.roll(-1),
+        Documents([50, 90]),
+        ONE / 140,
+        split_layers(values, cfg.row_parts),
+        index,
+    )
+    assert torch.equal(output.loss, plain.loss)
+    assert rows.grad is not None and rows.grad.dtype == transport
+    assert rows.grad.isfinite().all() and (rows.grad != 0).any(dim=1).all()
+
+
 def test_input_embedding_in_the_rows_is_refused_where_it_cannot_be() -> None:
     with pytest.raises(ValueError, match="tie_embeddings: false"):
         replace(SPARSE, tie_embeddings=True, embedding_partition="rows")
@@ -191,25 +221,29 @@ def test_keeping_an_output_that_is_not_there_is_refused(
         replace(keeps, **changes)
 
 
-def test_both_homes_of_the_table_give_the_same_loss_and_gradients() -> None:
+@pytest.mark.parametrize("kind", ["sparse", "hidden", "dense hidden"])
+def test_both_homes_of_the_table_give_the_same_loss_and_gradients(kind: str) -> None:
     ids = torch.randint(0, V, (140,))
-    inside = _model(SPARSE)
+    cfg = replace(HIDDEN, ffn=DENSE.ffn) if kind == "dense hidden" else KINDS[kind]
+    inside = _model(cfg)
     assert inside.deepembed_table is not None
     table = inside.deepembed_table.weight
-    outside = TinyOnn(replace(SPARSE, deepembed=replace(SPARSE.deepembed, partition="rows")))
+    outside = TinyOnn(replace(cfg, deepembed=replace(cfg.deepembed, partition="rows")))
     own = {k: v for k, v in inside.state_dict().items() if not k.startswith("deepembed_table")}
     outside.load_state_dict(own)
     unique, inverse = unique_ids(ids)
     rows = table.detach()[unique].requires_grad_()
     docs = Documents([50, 90])
     a = inside(ids, ids.roll(-1), docs, ONE / 140)
-    layers = split_layers(rows, SPARSE.layers)
+    assert rows.shape[1] == outside.cfg.row_width == cfg.layers * cfg.deepembed_width
+    layers = split_layers(rows, cfg.layers)
     b = outside(ids, ids.roll(-1), docs, ONE / 140, layers, row_index(inverse, len(unique)))
     a.loss.backward()
     b.loss.backward()
     assert torch.equal(a.loss, b.loss)
     assert table.grad is not None and rows.grad is not None
     assert torch.equal(table.grad[unique], rows.grad)
+    assert bool((rows.grad.view(-1, cfg.layers, cfg.deepembed_width) != 0).any(2).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
