@@ -134,7 +134,7 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = cfg.engine.dtype(device)
     seed_everything(cfg.seed, 0)
-    model = TinyOnn(cfg.model).to(device, dtype)
+    model = TinyOnn(cfg.model, sequence=cfg.data.seq_len).to(device, dtype)
     optimizer = Masters(model, cfg)
     curve: list[dict[str, float]] = []
     begun = time.perf_counter()

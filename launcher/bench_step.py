@@ -80,7 +80,7 @@ class Subject:
         exchange = GroupExchange(mesh, model.attention.groups) if group > 1 else None
         self.micro_batches = accumulation(cfg, mesh.world, mesh.local_world)
         self.engine = Engine(
-            lambda: TinyOnn(model, exchange),
+            lambda: TinyOnn(model, exchange, cfg.data.seq_len),
             dataclasses.replace(cfg.engine, accumulation=self.micro_batches),
             mesh,
             total_steps=1_000_000,

@@ -223,7 +223,7 @@ def build(cfg: RunConfig, folder: RunFolder, checkpoints: Path | None = None) ->
             table.draw_part(0, model.init_std, cfg.seed)
     exchange = GroupExchange(mesh, model.attention.groups) if mesh.group > 1 else None
     engine = Engine(
-        lambda: TinyOnn(model, exchange),
+        lambda: TinyOnn(model, exchange, cfg.data.seq_len),
         dataclasses.replace(cfg.engine, accumulation=micro_batches),
         mesh,
         total_steps=cfg.train.steps,

@@ -123,18 +123,22 @@ def derive(stats: ModelStats) -> None:
 
     `load_entropy` is normalised (1 is perfectly balanced), `load_max` is relative to a balanced
     load, `dead_experts` counts experts without a token in this step. What the module keeps under
-    these names itself stands.
+    these names itself stands. Of a pool that can still grow, `expert_load` is cut to the experts
+    that exist: the others have none because they do not exist, not because they are dead.
     """
     for values in stats.values():
         load = values.get("expert_load")
-        if load is None or load.numel() < 2 or not float(load.sum()) > 0:
+        if load is None:
+            continue
+        if "active_experts" in values:
+            # Experts open in their order.
+            load = values["expert_load"] = load[: int(values["active_experts"])]
+        if load.numel() < 2 or not float(load.sum()) > 0:
             continue
         share = load / load.sum()
-        # A pool that can still grow has room for experts that do not exist yet.
-        experts = max(float(values.get("active_experts", load.new_tensor(load.numel()))), 2.0)
-        entropy = -(share * share.clamp(min=1e-30).log()).sum() / math.log(experts)
+        entropy = -(share * share.clamp(min=1e-30).log()).sum() / math.log(load.numel())
         values.setdefault("load_entropy", entropy)
-        values.setdefault("load_max", share.max() * experts)
+        values.setdefault("load_max", share.max() * load.numel())
         values.setdefault("dead_experts", (load == 0).sum().double())
 
 

@@ -88,14 +88,16 @@ class DeepEmbedScale(nn.Module):
         self.width = width
 
     def forward(self, values_UW: Tensor, index: Tensor | RowIndex) -> Tensor:
-        """Return 1 + delta of every token, [T, W], in the type of the rows.
+        """Return delta of every token, [T, W], in the type of the rows.
+
+        Who applies it adds 1 in fp32: in bf16 1 + delta would lose every delta below 1/256.
 
         Args:
             values_UW: the layer's columns [U, W] of the batch's unique rows, or all of them
                 [U, L*W].
             index: `Rows.lookup` (sorted once for all layers), or inverse_T int64 [T].
         """
-        return gather_rows(self._columns(values_UW), index) + 1.0
+        return gather_rows(self._columns(values_UW), index)
 
     def modulate(
         self,

@@ -12,7 +12,7 @@ threshold, so that experts that did not fire learn too), Surprise (kernels/exper
 a few explored pairs, run with weight zero. A controller holds the mean number of experts per token
 at the target and pulls idle experts back; it acts once per optimizer step on counts of all ranks.
 
-`surprise: off` is the plain counterpart: the round(target_experts) best experts per token, balanced
+`surprise: off` is the plain counterpart: the target_experts best experts per token, balanced
 by a selection bias without an auxiliary loss (arXiv 2408.15664).
 
 Shapes: T tokens, C width, E experts, F expert hidden, I inner channels (swiglu 2F, relu2 F).
@@ -58,7 +58,8 @@ class DynMoeConfig:
         kind: `dynmoe`, or `dense` (one feed-forward of the same active FLOPs).
         experts: E, experts per layer.
         expert_hidden: F, hidden width of one expert.
-        target_experts: mean number of experts that a token fires.
+        target_experts: mean number of experts that a token fires; with `surprise: off` their exact
+            number.
         min_experts: fewest experts per token; they fire even below the threshold.
         max_experts: most experts per token.
         activation: `swiglu` or `relu2` (squared ReLU).
@@ -74,7 +75,9 @@ class DynMoeConfig:
         router_kl_weight: weight of KL(target || softmax(z)).
         router_ce_weight: weight of CE(z, argmin S).
         router_coefficient: weight of the router loss against the token's nll.
-        explore_share: share of training tokens that also run one expert that did not fire.
+        explore_share: share of training tokens that also run one expert that did not fire: every
+            round(1 / explore_share)-th token of a sequence does. A share that this misses by more
+            than a tenth (0.7 would be 1) is refused.
         controller_gain: step of the bias, in units of z, when the mean count is off by 100 %.
         balance_gain: step of one expert's bias when it is idle (`surprise: off`: off balance).
         idle_share: an expert counts as idle below this share of the mean load.
@@ -151,6 +154,7 @@ class DynMoeConfig:
                 "ffn.explore_share must lie in 0 … 1 and ffn.idle_share above 0 and up to 1, found "
                 f"{self.explore_share} and {self.idle_share}"
             )
+        self._check_whole_numbers()
         for key in ("init_std", "logit_std", "dead_window", "router_temperature"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"ffn.{key} must be above 0, found {getattr(self, key)}")
@@ -165,6 +169,27 @@ class DynMoeConfig:
             if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"ffn.{key} must not be negative, found {getattr(self, key)}")
         self.surprise_spec()
+
+    @property
+    def explore_stride(self) -> int:
+        """Tokens per token that explores; 0 when none does."""
+        return round(1 / self.explore_share) if self.explore_share else 0
+
+    def _check_whole_numbers(self) -> None:
+        """Refuse a number of experts or of tokens that would be rounded to another meaning."""
+        if self.surprise == "off" and self.target_experts != round(self.target_experts):
+            raise ValueError(
+                "with ffn.surprise off every token fires the same number of experts, which "
+                f"ffn.target_experts {self.target_experts} is not: set it to "
+                f"{math.floor(self.target_experts)} or {math.ceil(self.target_experts)}"
+            )
+        stride = self.explore_stride
+        if stride and abs(1 / stride - self.explore_share) > 0.1 * self.explore_share:
+            below = math.ceil(1 / self.explore_share)
+            raise ValueError(
+                f"ffn.explore_share {self.explore_share} cannot be: one token in a whole number "
+                f"explores; set it to {1 / (below - 1):.4g} or {1 / below:.4g}"
+            )
 
     def surprise_spec(self) -> SurpriseSpec | None:
         """What the expert kernel measures and teaches; None when `surprise: off`."""
@@ -189,13 +214,13 @@ class DynMoeConfig:
     def fired_bounds(self) -> tuple[int, int]:
         """Fewest and most experts per token; equal when `surprise: off` (plain top-k)."""
         if self.surprise == "off":
-            return (round(self.target_experts),) * 2
+            return (int(self.target_experts),) * 2
         return self.min_experts, self.max_experts
 
     def hidden_width(self, width: int) -> int:
         """Hidden channels of the layer that DeepEmbed `hidden` scales, for a model of this width.
 
-        F of an expert (the experts share the scale), or the dense layer's hidden width.
+        F of an expert (the experts share the factor), or the dense layer's hidden width.
         """
         del width
         if self.kind == "dynmoe":
@@ -219,14 +244,12 @@ class DenseFfn(nn.Module):
     def forward(
         self,
         x_TC: Tensor,
-        hidden_scale_TF: Tensor | None,
+        hidden_delta_TF: Tensor | None,
         loss_scale: Tensor | None = None,
         first: int = 0,
     ) -> Tensor:
-        """Return [T, C]; hidden_scale_TF multiplies the hidden activations, the others idle."""
-        h_TF = activate(self.activation, F.linear(x_TC, self.w_in_IC))
-        if hidden_scale_TF is not None:
-            h_TF = h_TF * hidden_scale_TF.to(h_TF.dtype)
+        """Return [T, C]; hidden activations times 1 + hidden_delta_TF, the others idle."""
+        h_TF = activate(self.activation, F.linear(x_TC, self.w_in_IC), hidden_delta_TF)
         return F.linear(h_TF, self.w_out_CF)
 
 
@@ -251,8 +274,16 @@ class DynMoe(nn.Module):
     seen_X: Tensor
     step_1: Tensor
 
-    def __init__(self, cfg: DynMoeConfig, width: int) -> None:
-        """Draw the weights from the global generator and calibrate the thresholds to the target."""
+    def __init__(self, cfg: DynMoeConfig, width: int, sequence: int = 0) -> None:
+        """Draw the weights from the global generator and calibrate the thresholds to the target.
+
+        Args:
+            cfg: sizes and habits.
+            width: C.
+            sequence: tokens of each of the sequences that a training pass consists of; 0: a pass is
+                one sequence. Who explores is decided by a token's index in its sequence, whatever
+                else is in the pass.
+        """
         super().__init__()
         self.cfg = cfg
         self.spec = cfg.surprise_spec()
@@ -277,7 +308,8 @@ class DynMoe(nn.Module):
         self.theta_0 = self.tau_0 * calibrated_threshold(
             cfg.experts, cfg.target_experts, *cfg.fired_bounds, width
         )
-        self.stride = round(1 / cfg.explore_share) if self.spec and cfg.explore_share else 0
+        self.sequence = sequence
+        self.stride = cfg.explore_stride if self.spec else 0
         self.shared = (
             DenseFfn(cfg.activation, width, hidden, cfg.init_std) if cfg.shared_expert else None
         )
@@ -308,22 +340,31 @@ class DynMoe(nn.Module):
     def forward(
         self,
         x_TC: Tensor,
-        hidden_scale_TF: Tensor | None,
+        hidden_delta_TF: Tensor | None,
         loss_scale: Tensor | None,
         first: int = 0,
     ) -> Tensor:
         """Return the weighted sum of the fired experts, [T, C] in the dtype of x.
 
+        Under activation checkpointing scores, choice and exploration are computed again with the
+        rest of the block, by decision. Nothing in them draws, or adds in an order that could
+        change, so that they come out bitwise alike; their product is E columns beside 3F for each
+        of a token's experts, well below a percent of the layer; and to keep them, E fp32 numbers a
+        token would need a way of their own past the checkpoint. `seen_X` then takes every token
+        twice, which changes neither its direction nor the ratio that is read from it; the counts
+        are taken in the backward, once.
+
         Args:
             x_TC: tokens after the norm, bf16 or fp32.
-            hidden_scale_TF: factor on the hidden activations [T, F] (DeepEmbed `hidden`) or None.
+            hidden_delta_TF: delta [T, F] of DeepEmbed `hidden`, whose factor on the hidden
+                activations is 1 + delta; or None.
             loss_scale: fp32 0-dim, d(loss passed to backward)/d(nll of one token); needed to train
                 with surprise. S is free of it; the router's gradient carries it like any other.
-            first: index of x's first token in a sequence that ranks share, so that the same tokens
-                explore however many ranks share it.
+            first: index of x's first token in the pass, so that the same tokens explore however
+                many ranks share it.
         """
-        if hidden_scale_TF is not None:
-            hidden_scale_TF = hidden_scale_TF.to(x_TC.dtype)
+        if hidden_delta_TF is not None:
+            hidden_delta_TF = hidden_delta_TF.to(x_TC.dtype)
         spec = self.layer_spec()
         router = Router(
             self.direction_EC,
@@ -342,7 +383,7 @@ class DynMoe(nn.Module):
             self.w_in_EIC,
             self.w_out_ECF,
             spec,
-            hidden_scale_TF=hidden_scale_TF,
+            hidden_delta_TF=hidden_delta_TF,
             loss_scale=loss_scale,
             counts_X=self.counts_X if self.training else None,
             stats=self.stats if self.record else None,
@@ -351,7 +392,7 @@ class DynMoe(nn.Module):
             self.stats["dead_experts"] = (self.idle_steps_E >= self.cfg.dead_window).sum()
             self.stats["active_experts"] = self.active_E.sum()
             self.stats["recycled_experts"] = self.recycled_1.sum()
-        return y_TC if self.shared is None else y_TC + self.shared(x_TC, hidden_scale_TF)
+        return y_TC if self.shared is None else y_TC + self.shared(x_TC, hidden_delta_TF)
 
     def layer_spec(self) -> LayerSpec:
         """What the layer does in the present mode; only training explores and teaches."""
@@ -364,6 +405,7 @@ class DynMoe(nn.Module):
             # The balancing bias of plain top-k selects and does not weigh.
             bias_weighs=self.spec is not None,
             stride=self.stride if self.training else 0,
+            sequence=self.sequence,
         )
         return LayerSpec(
             activation=cfg.activation,
@@ -471,8 +513,8 @@ def update_controllers(
             layer.seen_X.zero_()
 
 
-def build_ffn(cfg: DynMoeConfig, width: int) -> DynMoe | DenseFfn:
-    """Build the feed-forward layer that the configuration asks for."""
+def build_ffn(cfg: DynMoeConfig, width: int, sequence: int = 0) -> DynMoe | DenseFfn:
+    """Build the feed-forward layer that the configuration asks for; see `DynMoe`."""
     if cfg.kind == "dynmoe":
-        return DynMoe(cfg, width)
+        return DynMoe(cfg, width, sequence)
     return DenseFfn(cfg.activation, width, cfg.hidden_width(width), cfg.init_std)

@@ -93,6 +93,7 @@ class ModelConfig:
             raise ValueError(
                 f"embedding_partition {self.embedding_partition!r} is none of zero3, rows"
             )
+        self._check_keep_output()
         if self.embedding_partition == "zero3":
             return
         if self.tie_embeddings:
@@ -104,6 +105,21 @@ class ModelConfig:
             raise ValueError(
                 "embedding_partition rows needs rows of equal parts: use deepembed.kind output or "
                 "off, or deepembed.partition zero3"
+            )
+
+    def _check_keep_output(self) -> None:
+        needs = {
+            "deepembed.kind": (self.deepembed.kind, "output"),
+            "deepembed.partition": (self.deepembed.partition, "rows"),
+            "ffn.kind": (self.ffn.kind, "dense"),
+        }
+        wrong = [f"{key} {found}" for key, (found, wanted) in needs.items() if found != wanted]
+        if self.activation_checkpointing == "none":
+            wrong.append("activation_checkpointing none")
+        if self.deepembed.keep_output and wrong:
+            raise ValueError(
+                "deepembed.keep_output keeps the output of dense layers that would be recomputed, "
+                f"and with {', '.join(wrong)} there is none: set it to false"
             )
 
     @property
@@ -148,12 +164,14 @@ class Block(nn.Module):
 
     gathered_whole = True
 
-    def __init__(self, cfg: ModelConfig, layer: int, exchange: GroupExchange | None = None) -> None:
+    def __init__(
+        self, cfg: ModelConfig, layer: int, exchange: GroupExchange | None, sequence: int
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.attention = Attention(cfg.attention, cfg.width, exchange)
         self.ffn_norm = RMSNorm(cfg.width, cfg.norm_eps)
-        self.ffn = build_ffn(cfg.ffn, cfg.width)
+        self.ffn = build_ffn(cfg.ffn, cfg.width, sequence)
         self.deepembed = (
             DeepEmbedScale(layer, cfg.deepembed_width) if cfg.deepembed.kind != "off" else None
         )
@@ -173,7 +191,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the residual stream after this layer, [T, C]; with a cache, T is one new token.
 
-        `first` is the index of the first of these tokens in the whole sequence.
+        `first` is the index of the first of these tokens in the whole pass.
         """
         # Texts to ask a model about have all lengths: compiling would take longer than answering.
         compiles = self.compile_blocks and self.training and (x_TC.is_cuda or fused.ANYWHERE)
@@ -191,8 +209,8 @@ class Block(nn.Module):
         if self.deepembed is None or rows is None:
             y_TC: Tensor = self.ffn(h_TC, None, loss_scale, first)
         elif self.scales_hidden:
-            scale_TW = self.deepembed(rows.values_UW, rows.index)
-            y_TC = self.ffn(h_TC, scale_TW, loss_scale, first)
+            delta_TW = self.deepembed(rows.values_UW, rows.index)
+            y_TC = self.ffn(h_TC, delta_TW, loss_scale, first)
         else:
             y_TC = self.ffn(h_TC, None, loss_scale, first)
             values_UW, index, sink, keep = rows.values_UW, rows.index, rows.sink, rows.keep
@@ -230,12 +248,16 @@ class TokenEmbedding(nn.Module):
 class TinyOnn(nn.Module):
     """The language model."""
 
-    def __init__(self, cfg: ModelConfig, exchange: GroupExchange | None = None) -> None:
+    def __init__(
+        self, cfg: ModelConfig, exchange: GroupExchange | None = None, sequence: int = 0
+    ) -> None:
         """Build with weights drawn from the global generator.
 
         Args:
             cfg: kinds and sizes.
-            exchange: of the ranks that share every sequence; None where this rank has all of it.
+            exchange: of the ranks that share every pass; None where this rank has all of it.
+            sequence: tokens of each of the sequences that training packs into a pass; 0: one pass
+                is one sequence. Only which tokens explore experts depends on it.
 
         Raises:
             ValueError: sizes that cannot be.
@@ -255,7 +277,7 @@ class TinyOnn(nn.Module):
             if cfg.deepembed.kind != "off" and cfg.deepembed.partition == "zero3"
             else None
         )
-        self.blocks = nn.ModuleList(Block(cfg, i, exchange) for i in range(cfg.layers))
+        self.blocks = nn.ModuleList(Block(cfg, i, exchange, sequence) for i in range(cfg.layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.head = Head(
             cfg.vocab_size,

@@ -64,7 +64,7 @@ class _ExpertFfn(torch.autograd.Function):
         w_out_ECF: Tensor,
         p_TE: Tensor,
         z_TE: Tensor | None,
-        scale_TF: Tensor | None,
+        delta_TF: Tensor | None,
         fired_TE: Tensor,
         explored_TE: Tensor | None,
         loss_scale: Tensor | None,
@@ -79,12 +79,12 @@ class _ExpertFfn(torch.autograd.Function):
         else:
             pairs = static_pairs(run_TE, fired_TE, plan.capacity, plan.slots)
         inputs = PairInputs(
-            plan.activation, x_TC, w_in_EIC, w_out_ECF, scale_TF, pairs.token_P, pairs.ends_E
+            plan.activation, x_TC, w_in_EIC, w_out_ECF, delta_TF, pairs.token_P, pairs.ends_E
         )
         inner_PI, y_PC = loop_forward(inputs, ends) if ends is not None else grouped_forward(inputs)
         ctx.plan, ctx.ends, ctx.counts_X = plan, ends, counts_X
         ctx.save_for_backward(
-            x_TC, w_in_EIC, w_out_ECF, p_TE, z_TE, scale_TF, fired_TE, run_TE, loss_scale,
+            x_TC, w_in_EIC, w_out_ECF, p_TE, z_TE, delta_TF, fired_TE, run_TE, loss_scale,
             inner_PI, *pairs,
         )  # fmt: skip
         return combine(y_PC, p_TE, from_table(p_TE, pairs), pairs)
@@ -92,7 +92,7 @@ class _ExpertFfn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor | None, ...]:
         (
-            x_TC, w_in_EIC, w_out_ECF, p_TE, z_TE, scale_TF, fired_TE, run_TE, loss_scale,
+            x_TC, w_in_EIC, w_out_ECF, p_TE, z_TE, delta_TF, fired_TE, run_TE, loss_scale,
             inner_PI, *rest,
         ) = ctx.saved_tensors  # fmt: skip
         plan: _Plan = ctx.plan
@@ -103,7 +103,7 @@ class _ExpertFfn(torch.autograd.Function):
             ctx.counts_X[-1] += fired_TE.shape[0]
 
         inputs = PairInputs(
-            plan.activation, x_TC, w_in_EIC, w_out_ECF, scale_TF, pairs.token_P, pairs.ends_E
+            plan.activation, x_TC, w_in_EIC, w_out_ECF, delta_TF, pairs.token_P, pairs.ends_E
         )
         p_P = from_table(p_TE, pairs)
         norms = spec is not None and spec.kind == "param_grad"
@@ -112,9 +112,9 @@ class _ExpertFfn(torch.autograd.Function):
         else:
             grads = grouped_backward(inputs, inner_PI, p_P, grad_TC, norms)
         dx_TC = combine(grads.dx_PC, p_TE, p_P, pairs)
-        dscale_TF = None
-        if grads.dscale_PF is not None:
-            dscale_TF = combine(grads.dscale_PF, p_TE, p_P, pairs)
+        ddelta_TF = None
+        if grads.ddelta_PF is not None:
+            ddelta_TF = combine(grads.ddelta_PF, p_TE, p_P, pairs)
         dz_TE = None
         if spec is not None:
             S_TE = _surprise(spec, grads, pairs, x_TC, grad_TC, p_TE) / loss_scale
@@ -126,7 +126,7 @@ class _ExpertFfn(torch.autograd.Function):
                 plan.stats.update(lesson_stats(S_TE, fired_TE, lesson, spec))
         dp_TE = to_table(grads.dp_P, pairs, *p_TE.shape)
         return (
-            dx_TC, grads.dw_in_EIC, grads.dw_out_ECF, dp_TE, dz_TE, dscale_TF,
+            dx_TC, grads.dw_in_EIC, grads.dw_out_ECF, dp_TE, dz_TE, ddelta_TF,
             None, None, None, None, None,
         )  # fmt: skip
 
@@ -160,7 +160,7 @@ def expert_ffn(
     *,
     activation: Activation,
     max_fired: int,
-    hidden_scale_TF: Tensor | None = None,
+    hidden_delta_TF: Tensor | None = None,
     surprise: SurpriseSpec | None = None,
     z_TE: Tensor | None = None,
     loss_scale: Tensor | None = None,
@@ -170,7 +170,7 @@ def expert_ffn(
     stats: dict[str, Tensor] | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
-    """y[t] = sum over fired experts e of p[t, e] * W_out[e] (a(W_in[e] x[t]) * hidden_scale[t]).
+    """y[t] = sum over fired experts e of p[t, e] * W_out[e] (a(W_in[e] x[t]) * (1 + delta[t])).
 
     Args:
         x_TC: tokens [T, C], bf16 or fp32 (fp64 with `loop`).
@@ -181,7 +181,8 @@ def expert_ffn(
         fired_TE: bool [T, E], 1..max_fired per token.
         activation: `swiglu` or `relu2`.
         max_fired: upper bound on the experts a token fires, host int.
-        hidden_scale_TF: factor on the hidden activations of each token [T, F], dtype of x.
+        hidden_delta_TF: the hidden activations of each token are multiplied by 1 + delta [T, F],
+            dtype of x; 1 + delta is never rounded to it.
         surprise: measure S in the backward and add the router's gradient to the one of z; None
             leaves both out.
         z_TE: router logits [T, E], dtype of p; needed with `surprise`.
@@ -237,6 +238,6 @@ def expert_ffn(
         stats,
     )
     return _ExpertFfn.apply(  # type: ignore[no-any-return, no-untyped-call]
-        x_TC, w_in_EIC, w_out_ECF, p_TE, z_TE if surprise is not None else None, hidden_scale_TF,
+        x_TC, w_in_EIC, w_out_ECF, p_TE, z_TE if surprise is not None else None, hidden_delta_TF,
         fired_TE, explored_TE, loss_scale if surprise is not None else None, counts_X, plan,
     )  # fmt: skip

@@ -34,8 +34,8 @@ class Router(NamedTuple):
         log_tau: [1], log of the scale on top of tau_0.
         theta_E: thresholds on top of theta_0.
         bias_E: the controller's bias, fp32; no gradient.
-        step_1: int64 [1]; decides, with a token's index, who explores what.
-        first: index of the first token in a sequence that ranks share.
+        step_1: int64 [1]; decides, with a token's index in its sequence, who explores what.
+        first: index of the first token in the pass, which ranks may share.
     """
 
     direction_EC: Tensor
@@ -64,7 +64,7 @@ def run_decided(
     explored_TE: Tensor | None,
     spec: LayerSpec,
     *,
-    hidden_scale_TF: Tensor | None = None,
+    hidden_delta_TF: Tensor | None = None,
     loss_scale: Tensor | None = None,
     counts_X: Tensor | None = None,
     stats: dict[str, Tensor] | None = None,
@@ -82,7 +82,7 @@ def run_decided(
         fired_TE,
         activation=spec.activation,
         max_fired=spec.route.most,
-        hidden_scale_TF=hidden_scale_TF,
+        hidden_delta_TF=hidden_delta_TF,
         surprise=spec.surprise,
         z_TE=z_TE,
         loss_scale=loss_scale,
@@ -101,7 +101,7 @@ def dynmoe_layer(
     w_out_ECF: Tensor,
     spec: LayerSpec,
     *,
-    hidden_scale_TF: Tensor | None = None,
+    hidden_delta_TF: Tensor | None = None,
     loss_scale: Tensor | None = None,
     counts_X: Tensor | None = None,
     stats: dict[str, Tensor] | None = None,
@@ -115,7 +115,8 @@ def dynmoe_layer(
         w_in_EIC: stacked input weights, dtype of x; pass the Parameter itself.
         w_out_ECF: stacked output weights, dtype of x; pass the Parameter itself.
         spec: what the layer does.
-        hidden_scale_TF: factor on the hidden activations of each token, dtype of x, or None.
+        hidden_delta_TF: the hidden activations of each token are multiplied by 1 + delta, dtype of
+            x; or None.
         loss_scale: 0-dim fp32, d(loss passed to backward)/d(nll of one token); needed with
             Surprise, which is divided by it; the router's gradient carries it like any other.
         counts_X: int64 [E + 1] counter; the backward adds the tokens fired per expert and, last, T.
@@ -140,18 +141,19 @@ def dynmoe_layer(
                 stats.update(route_stats(decided.state_TE == 1, decided.p_TE, spec.route.most))
             return dynmoe_triton(
                 x_TC, router.direction_EC, router.log_tau, router.theta_E, w_in_EIC, w_out_ECF,
-                decided, spec, hidden_scale_TF=hidden_scale_TF, loss_scale=loss_scale,
+                decided, spec, hidden_delta_TF=hidden_delta_TF, loss_scale=loss_scale,
                 counts_X=counts_X, stats=stats,
             )  # fmt: skip
     z_TE, biased_TE = logits(x_TC, router, spec)
+    how = spec.route
     with torch.no_grad():
-        fired_TE = fire(biased_TE, spec.route.fewest, spec.route.most)
+        fired_TE = fire(biased_TE, how.fewest, how.most)
         explored_TE = (
-            explore(biased_TE, fired_TE, router.step_1, spec.route.stride, router.first)
-            if spec.route.stride
+            explore(biased_TE, fired_TE, router.step_1, how.stride, router.first, how.sequence)
+            if how.stride
             else None
         )
     return run_decided(
         x_TC, w_in_EIC, w_out_ECF, z_TE, fired_TE, explored_TE, spec,
-        hidden_scale_TF=hidden_scale_TF, loss_scale=loss_scale, counts_X=counts_X, stats=stats,
+        hidden_delta_TF=hidden_delta_TF, loss_scale=loss_scale, counts_X=counts_X, stats=stats,
     )  # fmt: skip

@@ -17,16 +17,16 @@ from kernels.experts.surprise import SurpriseSpec
 
 
 def expert_naive(
-    x_C: Tensor, w_in_IC: Tensor, w_out_CF: Tensor, activation: Activation, scale_F: Tensor | None
+    x_C: Tensor, w_in_IC: Tensor, w_out_CF: Tensor, activation: Activation, delta_F: Tensor | None
 ) -> Tensor:
-    """One expert on one token: W_out (a(W_in x) * scale), [C]."""
+    """One expert on one token: W_out (a(W_in x) * (1 + delta)), [C]."""
     inner_I = w_in_IC @ x_C
     if activation == "swiglu":
         half = inner_I.shape[0] // 2
         h_F = inner_I[:half] * torch.sigmoid(inner_I[:half]) * inner_I[half:]
     else:
         h_F = torch.clamp(inner_I, min=0) ** 2
-    return w_out_CF @ (h_F if scale_F is None else h_F * scale_F)
+    return w_out_CF @ (h_F if delta_F is None else h_F * (1 + delta_F))
 
 
 def surprise_naive(
@@ -37,7 +37,7 @@ def surprise_naive(
     run_TE: Tensor,
     g_TC: Tensor,
     activation: Activation,
-    scale_TF: Tensor | None,
+    delta_TF: Tensor | None,
     kind: str,
 ) -> Tensor:
     """Surprise, fp64 [T, E], of the pairs that ran: norm of the gradient of weight * (g . o).
@@ -49,9 +49,9 @@ def surprise_naive(
     for t, e in run_TE.nonzero().tolist():
         w_in = w_in_EIC[e].detach().double().requires_grad_()
         w_out = w_out_ECF[e].detach().double().requires_grad_()
-        scale = None if scale_TF is None else scale_TF[t].detach().double()
+        delta = None if delta_TF is None else delta_TF[t].detach().double()
         with torch.enable_grad():
-            o = expert_naive(x_TC[t].detach().double(), w_in, w_out, activation, scale)
+            o = expert_naive(x_TC[t].detach().double(), w_in, w_out, activation, delta)
             loss = weight_TE[t, e].detach().double() * (g_TC[t].double() @ o)
             leaves = (w_in, w_out) if kind == "param_grad" else (o,)
             grads = torch.autograd.grad(loss, leaves)
@@ -102,7 +102,7 @@ def expert_ffn_naive(
     fired_TE: Tensor,
     *,
     activation: Activation,
-    hidden_scale_TF: Tensor | None = None,
+    hidden_delta_TF: Tensor | None = None,
     surprise: SurpriseSpec | None = None,
     z_TE: Tensor | None = None,
     loss_scale: Tensor | None = None,
@@ -113,14 +113,14 @@ def expert_ffn_naive(
     The arguments that only size buffers or pick an implementation are left out.
     """
     run_TE = fired_TE if explored_TE is None else fired_TE | explored_TE
-    scales = hidden_scale_TF
+    deltas = hidden_delta_TF
     rows = []
     for t in range(x_TC.shape[0]):
         y_C = torch.zeros_like(x_TC[t])
         for e in run_TE[t].nonzero()[:, 0].tolist():
-            scale = None if scales is None else scales[t]
+            delta = None if deltas is None else deltas[t]
             y_C = y_C + p_TE[t, e] * expert_naive(
-                x_TC[t], w_in_EIC[e], w_out_ECF[e], activation, scale
+                x_TC[t], w_in_EIC[e], w_out_ECF[e], activation, delta
             )
         rows.append(y_C)
     y_TC = torch.stack(rows) if rows else torch.zeros_like(x_TC)
@@ -138,7 +138,7 @@ def expert_ffn_naive(
                 beside = torch.cat([z[t, e : e + 1], z[t][fired_TE[t]]]).detach()
                 weight_TE[t, e] = torch.softmax(beside, dim=0)[0]
         S_TE = surprise_naive(
-            x_TC, w_in_EIC, w_out_ECF, weight_TE, run_TE, grad_TC, activation, scales, spec.kind
+            x_TC, w_in_EIC, w_out_ECF, weight_TE, run_TE, grad_TC, activation, deltas, spec.kind
         )
         loss_T = router_loss_naive(S_TE / scale_of_loss, z, run_TE, spec)
         return loss_T.sum() * spec.coefficient * scale_of_loss

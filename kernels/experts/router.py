@@ -117,33 +117,46 @@ def fire(z_TE: Tensor, min_experts: int, max_experts: int) -> Tensor:
     return torch.zeros_like(z_TE, dtype=torch.bool).scatter_(1, top.indices, fires_TK)
 
 
-def explored_capacity(tokens: int, stride: int) -> int:
-    """Most pairs that `explore` marks."""
-    return -(-tokens // stride)
+def explored_capacity(tokens: int, stride: int, sequence: int = 0) -> int:
+    """Most pairs that `explore` marks among so many tokens, wherever in a pass they begin."""
+    # They touch at most so many sequences, and each may hold one explorer more than its share.
+    pieces = (tokens + sequence - 2) // sequence + 1 if sequence else 1
+    return min(tokens, (tokens + pieces * (stride - 1)) // stride)
 
 
-def explore(z_TE: Tensor, fired_TE: Tensor, step_1: Tensor, stride: int, first: int = 0) -> Tensor:
+def explore(
+    z_TE: Tensor, fired_TE: Tensor, step_1: Tensor, stride: int, first: int = 0, sequence: int = 0
+) -> Tensor:
     """Bool [T, E]: every stride-th token gets one expert that did not fire, all equally likely.
 
-    The choice is a hash of the step and of the token's index, so that it needs no generator and no
-    host, is the same when the forward is recomputed, and does not hang on the last bit of a score:
-    however the work is spread over ranks, the same tokens explore the same experts. A token for
-    which every expert fired explores none, and an expert that is closed (z below CLOSED_Z) is none.
+    The choice is a hash of the step and of the token's index in its own sequence, so that it needs
+    no generator and no host, is the same when the forward is recomputed, and hangs neither on the
+    last bit of a score nor on which sequences are packed into one pass, and in which order: however
+    the work is spread over ranks and micro-batches, the same tokens explore the same experts. (All
+    sequences of a step explore at the same indices.) A token for which every expert fired explores
+    none, and an expert that is closed (z below CLOSED_Z) is none.
 
     Args:
         z_TE: logits that choose; only tells who is closed.
         fired_TE: bool, who fired.
         step_1: int64 [1], the optimizer step.
         stride: tokens per token that explores.
-        first: index of the first of these tokens in the sequence that ranks share.
+        first: index of the first of these tokens in the pass, which ranks may share.
+        sequence: tokens of each of the sequences that the pass consists of; 0: it is one.
     """
     tokens, experts = z_TE.shape
     device = z_TE.device
-    token_M = torch.arange(explored_capacity(tokens, stride), device=device) * stride
-    token_M = token_M + (step_1 * 2654435761 - first) % stride
-    inside_M = token_M < tokens
+    length = sequence or max(first + tokens, 1)
+    # N sequences, of which the first and the last may reach out of these tokens.
+    start_N1 = torch.arange(first // length, -(-(first + tokens) // length), device=device)[:, None]
+    start_N1 = start_N1 * length - first
+    index_NM = torch.arange(-(-min(length, tokens) // stride), device=device) * stride
+    begin_N1 = (-start_N1).clamp(min=0)
+    index_NM = index_NM + begin_N1 + (step_1 * 2654435761 - begin_N1) % stride
+    index_M, token_M = index_NM.flatten(), (start_N1 + index_NM).flatten()
+    inside_M = (index_M < length) & (token_M < tokens)
     safe_M = token_M.clamp(max=tokens - 1) if tokens else token_M
-    seed_M1 = ((token_M + first) * 0x9E3779B1 + step_1 * 0x85EBCA6B)[:, None]
+    seed_M1 = (index_M * 0x9E3779B1 + step_1 * 0x85EBCA6B)[:, None]
     hash_ME = (seed_M1 + 40503 * torch.arange(1, experts + 1, device=device)) & 0x7FFFFFFF
     for factor in (0x2C1B3C6D, 0x297A2D39):
         hash_ME = ((hash_ME ^ (hash_ME >> 15)) * factor) & 0x7FFFFFFF

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kernels.experts.activation import Activation
+from kernels.experts.router import explored_capacity
 from kernels.experts.surprise import SurpriseSpec
 
 
@@ -20,6 +21,8 @@ class RouteSpec:
         bias_weighs: the controller's bias is part of z, and so of the gates, not only of the
             choice.
         stride: every stride-th token explores one expert that did not fire; 0 for none.
+        sequence: tokens of each of the sequences that a pass consists of, within which tokens are
+            counted for that; 0: a pass is one sequence.
     """
 
     tau_0: float
@@ -28,10 +31,11 @@ class RouteSpec:
     most: int
     bias_weighs: bool = True
     stride: int = 0
+    sequence: int = 0
 
     def explored(self, tokens: int) -> int:
         """Most pairs that exploration adds."""
-        return -(-tokens // self.stride) if self.stride else 0
+        return explored_capacity(tokens, self.stride, self.sequence) if self.stride else 0
 
     def slots(self, experts: int) -> int:
         """K: most pairs of one token."""

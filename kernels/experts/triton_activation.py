@@ -21,7 +21,7 @@ from kernels.experts.activation import Activation
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    inner_ptr, scale_ptr, token_ptr, end_ptr, h_ptr,
+    inner_ptr, delta_ptr, token_ptr, end_ptr, h_ptr,
     E: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -42,8 +42,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             h = u * u
         if SCALED:
             token = tl.load(token_ptr + rows, mask=rows < used, other=-1)
-            h *= tl.load(
-                scale_ptr + token.to(tl.int64)[:, None] * F + columns[None, :],
+            h *= 1.0 + tl.load(
+                delta_ptr + token.to(tl.int64)[:, None] * F + columns[None, :],
                 mask=mask & (token >= 0)[:, None],
                 other=0.0,
             ).to(tl.float32)
@@ -52,8 +52,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
-    inner_ptr, dh_ptr, scale_ptr, token_ptr, gate_ptr, end_ptr, unit_ptr,
-    h_ptr, dinner_ptr, dscale_ptr, dp_ptr, h_sq_ptr, dinner_sq_ptr,
+    inner_ptr, dh_ptr, delta_ptr, token_ptr, gate_ptr, end_ptr, unit_ptr,
+    h_ptr, dinner_ptr, ddelta_ptr, dp_ptr, h_sq_ptr, dinner_sq_ptr,
     E: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
     NORMS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -81,8 +81,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
             dh = tl.load(dh_ptr + out, mask=mask, other=0.0).to(tl.float32)
             da = dh
             if SCALED:
-                scale = tl.load(
-                    scale_ptr + token.to(tl.int64)[:, None] * F + columns[None, :],
+                scale = 1.0 + tl.load(
+                    delta_ptr + token.to(tl.int64)[:, None] * F + columns[None, :],
                     mask=mask & (token >= 0)[:, None],
                     other=0.0,
                 ).to(tl.float32)
@@ -110,8 +110,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
             h = a
             if SCALED:
                 h = a * scale
-                dscale = a * dh * gate
-                tl.store(dscale_ptr + out, dscale.to(dscale_ptr.dtype.element_ty), mask=mask)
+                ddelta = a * dh * gate
+                tl.store(ddelta_ptr + out, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask)
             dp += tl.sum(dh * h, axis=1)
             if NORMS:
                 h_sq += tl.sum(h * h, axis=1)
@@ -131,16 +131,16 @@ def _programs(device: torch.device, rows: int, block: int) -> int:
 
 
 def activation_triton(
-    kind: Activation, inner_PI: Tensor, scale_TF: Tensor | None, token_P: Tensor, ends_E: Tensor
+    kind: Activation, inner_PI: Tensor, delta_TF: Tensor | None, token_P: Tensor, ends_E: Tensor
 ) -> Tensor:
-    """Hidden rows a(inner) * scale [P, F]; padding rows of zero stay zero."""
+    """Hidden rows a(inner) * (1 + delta) [P, F]; padding rows of zero stay zero."""
     P, F = inner_PI.shape[0], inner_PI.shape[1] // (2 if kind == "swiglu" else 1)
     h_PF = torch.empty(P, F, dtype=inner_PI.dtype, device=inner_PI.device)
     block_f = min(512, max(16, triton.next_power_of_2(F)))
     block_r = max(1, 2048 // block_f)
     _forward_kernel[(_programs(inner_PI.device, P, block_r), triton.cdiv(F, block_f))](
-        inner_PI, scale_TF, token_P, ends_E, h_PF,
-        E=ends_E.shape[0], F=F, GATED=kind == "swiglu", SCALED=scale_TF is not None,
+        inner_PI, delta_TF, token_P, ends_E, h_PF,
+        E=ends_E.shape[0], F=F, GATED=kind == "swiglu", SCALED=delta_TF is not None,
         BLOCK_R=block_r, BLOCK_F=block_f, num_warps=4,
     )  # fmt: skip
     return h_PF
@@ -152,7 +152,7 @@ class HiddenRows(NamedTuple):
     Attributes:
         h_PF: gate * hidden activations.
         dinner_PI: gate * gradient on the inner rows.
-        dscale_PF: gate * gradient on the hidden scale; None without one.
+        ddelta_PF: gate * gradient on the delta; None without one.
         dp_P: g . expert output, fp32.
         h_sq_P: |hidden activations|^2, fp32; None without norms.
         dinner_sq_P: |gradient on the inner row / unit|^2, fp32; None without norms.
@@ -160,7 +160,7 @@ class HiddenRows(NamedTuple):
 
     h_PF: Tensor
     dinner_PI: Tensor
-    dscale_PF: Tensor | None
+    ddelta_PF: Tensor | None
     dp_P: Tensor
     h_sq_P: Tensor | None
     dinner_sq_P: Tensor | None
@@ -170,7 +170,7 @@ def activation_backward_triton(
     kind: Activation,
     inner_PI: Tensor,
     dh_PF: Tensor,
-    scale_TF: Tensor | None,
+    delta_TF: Tensor | None,
     token_P: Tensor,
     gate_P: Tensor,
     ends_E: Tensor,
@@ -182,7 +182,7 @@ def activation_backward_triton(
         kind: activation.
         inner_PI: inner rows.
         dh_PF: gradient on the hidden rows at gate 1.
-        scale_TF: hidden scale of every token, or None.
+        delta_TF: the hidden channels of every token are multiplied by 1 + delta; or None.
         token_P: token of every row.
         gate_P: gate of every row, fp32.
         ends_E: ends of the groups.
@@ -198,7 +198,7 @@ def activation_backward_triton(
     out = HiddenRows(
         torch.empty_like(dh_PF),
         torch.empty_like(inner_PI),
-        torch.empty_like(dh_PF) if scale_TF is not None else None,
+        torch.empty_like(dh_PF) if delta_TF is not None else None,
         torch.empty(P, dtype=torch.float32, device=dh_PF.device),
         rows(norms),
         rows(norms),
@@ -206,8 +206,8 @@ def activation_backward_triton(
     block_f = min(512, max(16, triton.next_power_of_2(F)))
     block_r = max(1, 2048 // block_f)
     _backward_kernel[(_programs(inner_PI.device, P, block_r),)](
-        inner_PI, dh_PF, scale_TF, token_P, gate_P, ends_E, unit, *out,
-        E=ends_E.shape[0], F=F, GATED=kind == "swiglu", SCALED=scale_TF is not None, NORMS=norms,
+        inner_PI, dh_PF, delta_TF, token_P, gate_P, ends_E, unit, *out,
+        E=ends_E.shape[0], F=F, GATED=kind == "swiglu", SCALED=delta_TF is not None, NORMS=norms,
         BLOCK_R=block_r, BLOCK_F=block_f, num_warps=4,
     )  # fmt: skip
     return out

@@ -25,11 +25,11 @@ from kernels.experts.triton_route import Routing
 FIRST = 101
 """Index of the first token; only exploration looks at it."""
 
-LEAVES = ("x", "direction", "log_tau", "theta", "w_in", "w_out", "scale")
+LEAVES = ("x", "direction", "log_tau", "theta", "w_in", "w_out", "delta")
 
 
 class Case(NamedTuple):
-    """A layer with its input; the leaves are in the order of LEAVES (scale may be missing).
+    """A layer with its input; the leaves are in the order of LEAVES (delta may be missing).
 
     Attributes:
         leaves: tensors that get gradients.
@@ -63,6 +63,7 @@ def random_case(
     fewest: int = 1,
     mean: float = 2.0,
     stride: int = 0,
+    sequence: int = 0,
     scaled: bool = False,
     surprise: SurpriseSpec | None = None,
     surrogate_width: float = 1.0,
@@ -93,7 +94,7 @@ def random_case(
         draw(experts, width, hidden, std=hidden**-0.5),
     ]
     if scaled:
-        leaves.append(1 + draw(tokens, hidden, std=0.3))
+        leaves.append(draw(tokens, hidden, std=0.3))
     share = min(mean / experts, 0.999)
     theta_0 = float(torch.special.ndtri(torch.tensor(1 - share, dtype=torch.float64)))
     bias_E = draw(experts, std=0.1, kind=torch.float32)
@@ -104,7 +105,7 @@ def random_case(
         bias_E[-closed:] = 1e4
     spec = LayerSpec(
         activation=activation,
-        route=RouteSpec(width**0.5, theta_0, fewest, most, bias_weighs, stride),
+        route=RouteSpec(width**0.5, theta_0, fewest, most, bias_weighs, stride, sequence),
         surprise=surprise,
         surrogate_width=surrogate_width,
         products=products or ProductTiles(),
@@ -142,7 +143,7 @@ def wrong_decisions(case: Case, routing: Routing, tolerance: float) -> list[str]
     explored = routing.state_TE == 2
     wanted = torch.zeros_like(explored)
     if spec.stride:
-        wanted = explore(biased, fired, router.step_1, spec.stride, router.first)
+        wanted = explore(biased, fired, router.step_1, spec.stride, router.first, spec.sequence)
     if not torch.equal(explored, wanted):
         bad.append("not exactly the chosen tokens explore the chosen expert each")
     p = torch.softmax(torch.where(fired, routing.z_TE.double(), -torch.inf), 1)
@@ -208,7 +209,7 @@ def _reference(
     stats: dict[str, Tensor] = {}
     y = run_decided(
         leaves[0], leaves[4], leaves[5], z, routing.state_TE == 1, explored, case.spec,
-        hidden_scale_TF=leaves[6] if len(leaves) > 6 else None,
+        hidden_delta_TF=leaves[6] if len(leaves) > 6 else None,
         loss_scale=case.loss_scale.to(z.dtype), stats=stats, products=products,
     )  # fmt: skip
     grads = torch.autograd.grad(y, leaves, case.grad_TC.to(dtype))
@@ -227,10 +228,10 @@ def run_triton(
     counts_X: Tensor | None = None,
 ) -> Tensor:
     """Run the Triton layer on a case's own leaves."""
-    x, direction, log_tau, theta, w_in, w_out, *scale = case.leaves
+    x, direction, log_tau, theta, w_in, w_out, *delta = case.leaves
     return dynmoe_triton(
         x, direction, log_tau, theta, w_in, w_out, routing, case.spec,
-        hidden_scale_TF=scale[0] if scale else None, loss_scale=case.loss_scale,
+        hidden_delta_TF=delta[0] if delta else None, loss_scale=case.loss_scale,
         stats=stats, counts_X=counts_X,
     )  # fmt: skip
 

@@ -92,19 +92,19 @@ def _forward(
     x_TC: Tensor,
     w_in_EIC: Tensor,
     w_out_ECF: Tensor,
-    scale_TF: Tensor | None,
+    delta_TF: Tensor | None,
     r: Routing,
     spec: LayerSpec,
 ) -> tuple[Tensor, Tensor]:
     """Inner rows [P, I] and expert outputs [P, C]."""
     tiles = spec.products
     if tiles.up is not None:
-        inner_PI, h_PF = up_product(spec.activation, x_TC, w_in_EIC, scale_TF, r, tiles.up)
+        inner_PI, h_PF = up_product(spec.activation, x_TC, w_in_EIC, delta_TF, r, tiles.up)
     else:
         x_PC = _spread(x_TC, r, spec)
         inner_PI = F.grouped_mm(x_PC, w_in_EIC.transpose(1, 2), offs=r.ends_E)
         del x_PC
-        h_PF = activation_triton(spec.activation, inner_PI, scale_TF, r.token_P, r.ends_E)
+        h_PF = activation_triton(spec.activation, inner_PI, delta_TF, r.token_P, r.ends_E)
     if tiles.down is not None:
         return inner_PI, down_product(h_PF, w_out_ECF, r, tiles.down)
     return inner_PI, F.grouped_mm(h_PF, w_out_ECF.transpose(1, 2), offs=r.ends_E)
@@ -115,7 +115,7 @@ def _backward(
     g_TC: Tensor,
     w_in_EIC: Tensor,
     w_out_ECF: Tensor,
-    scale_TF: Tensor | None,
+    delta_TF: Tensor | None,
     inner_PI: Tensor,
     unit: Tensor | None,
     r: Routing,
@@ -128,12 +128,12 @@ def _backward(
         g_PC = _spread(g_TC, r, spec)
     if tiles.dh is not None:
         hidden = hidden_gradients(
-            spec.activation, g_TC, w_out_ECF, inner_PI, scale_TF, r, unit, tiles.dh
+            spec.activation, g_TC, w_out_ECF, inner_PI, delta_TF, r, unit, tiles.dh
         )
     else:
         dh_PF = F.grouped_mm(g_PC, w_out_ECF, offs=r.ends_E)
         hidden = activation_backward_triton(
-            spec.activation, inner_PI, dh_PF, scale_TF, r.token_P, r.gate_P, r.ends_E, unit
+            spec.activation, inner_PI, dh_PF, delta_TF, r.token_P, r.gate_P, r.ends_E, unit
         )
         del dh_PF
     if tiles.dw_out is not None:
@@ -168,17 +168,17 @@ class _Layer(torch.autograd.Function):
         theta_E: Tensor,
         w_in_EIC: Tensor,
         w_out_ECF: Tensor,
-        scale_TF: Tensor | None,
+        delta_TF: Tensor | None,
         loss_scale: Tensor | None,
         counts_X: Tensor | None,
         routing: Routing,
         spec: LayerSpec,
         stats: dict[str, Tensor] | None,
     ) -> Tensor:
-        inner_PI, y_PC = _forward(x_TC, w_in_EIC, w_out_ECF, scale_TF, routing, spec)
+        inner_PI, y_PC = _forward(x_TC, w_in_EIC, w_out_ECF, delta_TF, routing, spec)
         ctx.spec, ctx.stats, ctx.counts_X = spec, stats, counts_X
         ctx.save_for_backward(
-            x_TC, direction_EC, log_tau, theta_E, w_in_EIC, w_out_ECF, scale_TF, loss_scale,
+            x_TC, direction_EC, log_tau, theta_E, w_in_EIC, w_out_ECF, delta_TF, loss_scale,
             inner_PI, *routing,
         )  # fmt: skip
         return combine_triton(y_PC, routing.slot_TK, routing.gate_TK, weighted=True)
@@ -187,7 +187,7 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor | None, ...]:
         (
-            x_TC, direction_EC, log_tau, theta_E, w_in_EIC, w_out_ECF, scale_TF, loss_scale,
+            x_TC, direction_EC, log_tau, theta_E, w_in_EIC, w_out_ECF, delta_TF, loss_scale,
             inner_PI, *rest,
         ) = ctx.saved_tensors  # fmt: skip
         r, spec = Routing(*rest), ctx.spec
@@ -195,7 +195,7 @@ class _Layer(torch.autograd.Function):
         grad_TC = grad_TC.contiguous()
         unit = loss_scale if teach is not None and teach.kind == "param_grad" else None
         hidden, dx_PC, dw_in_EIC, dw_out_ECF = _backward(
-            x_TC, grad_TC, w_in_EIC, w_out_ECF, scale_TF, inner_PI, unit, r, spec
+            x_TC, grad_TC, w_in_EIC, w_out_ECF, delta_TF, inner_PI, unit, r, spec
         )
         g_norm_T = norm_triton(grad_TC) if teach is not None else None
         grads = lesson_triton(r, hidden, g_norm_T, loss_scale, log_tau, spec)
@@ -205,9 +205,9 @@ class _Layer(torch.autograd.Function):
         own = direction_grads_triton(
             grads, x_TC, direction_EC, theta_E, log_tau, r.w_inv_E, ctx.counts_X
         )
-        dscale_TF = None
-        if hidden.dscale_PF is not None:
-            dscale_TF = combine_triton(hidden.dscale_PF, r.slot_TK, r.gate_TK, weighted=False)
+        ddelta_TF = None
+        if hidden.ddelta_PF is not None:
+            ddelta_TF = combine_triton(hidden.ddelta_PF, r.slot_TK, r.gate_TK, weighted=False)
         if teach is not None and ctx.stats is not None:
             surprise, router_loss, agreement = own.scalars_3.unbind()
             ctx.stats.update(
@@ -216,7 +216,7 @@ class _Layer(torch.autograd.Function):
             )  # fmt: skip
         return (
             dx_TC, own.ddirection_EC, own.dlog_tau_1, own.dtheta_E, dw_in_EIC, dw_out_ECF,
-            dscale_TF, None, None, None, None, None,
+            ddelta_TF, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -230,7 +230,7 @@ def dynmoe_triton(
     routing: Routing,
     spec: LayerSpec,
     *,
-    hidden_scale_TF: Tensor | None = None,
+    hidden_delta_TF: Tensor | None = None,
     loss_scale: Tensor | None = None,
     counts_X: Tensor | None = None,
     stats: dict[str, Tensor] | None = None,
@@ -246,7 +246,8 @@ def dynmoe_triton(
         w_out_ECF: stacked output weights; pass the Parameter itself.
         routing: from `route`, of the same x and router.
         spec: what the layer does.
-        hidden_scale_TF: factor on the hidden activations of each token, dtype of x, or None.
+        hidden_delta_TF: the hidden activations of each token are multiplied by 1 + delta, dtype of
+            x; or None.
         loss_scale: 0-dim fp32, d(loss passed to backward)/d(nll of one token); needed with
             Surprise.
         counts_X: int64 [E + 1]; the backward adds the tokens fired per expert and, last, T.
@@ -266,6 +267,6 @@ def dynmoe_triton(
         raise ValueError("surprise needs loss_scale")
     return _Layer.apply(  # type: ignore[no-any-return, no-untyped-call]
         x_TC.contiguous(), direction_EC.contiguous(), log_tau, theta_E, w_in_EIC, w_out_ECF,
-        None if hidden_scale_TF is None else hidden_scale_TF.contiguous(), loss_scale, counts_X,
+        None if hidden_delta_TF is None else hidden_delta_TF.contiguous(), loss_scale, counts_X,
         routing, spec, stats,
     )  # fmt: skip

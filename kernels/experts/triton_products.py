@@ -33,7 +33,7 @@ PLAIN, FORWARD, BACKWARD = 0, 1, 2
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _end_forward(  # type: ignore[no-untyped-def]
-    first, second, token, rows, columns, mask, inner_ptr, h_ptr, scale_ptr,
+    first, second, token, rows, columns, mask, inner_ptr, h_ptr, delta_ptr,
     F: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Store inner rows and their hidden activations."""
@@ -51,8 +51,8 @@ def _end_forward(  # type: ignore[no-untyped-def]
         u = tl.maximum(u, 0.0)
         h = u * u
     if SCALED:
-        h *= tl.load(
-            scale_ptr + token.to(tl.int64)[:, None] * F + columns[None, :],
+        h *= 1.0 + tl.load(
+            delta_ptr + token.to(tl.int64)[:, None] * F + columns[None, :],
             mask=mask & (token >= 0)[:, None],
             other=0.0,
         ).to(tl.float32)
@@ -61,8 +61,8 @@ def _end_forward(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _end_backward(  # type: ignore[no-untyped-def]
-    dh, token, rows, columns, mask, inner_ptr, scale_ptr, gate_ptr, unit,
-    h_ptr, dinner_ptr, dscale_ptr, dp_ptr, h_sq_ptr, dinner_sq_ptr, part,
+    dh, token, rows, columns, mask, inner_ptr, delta_ptr, gate_ptr, unit,
+    h_ptr, dinner_ptr, ddelta_ptr, dp_ptr, h_sq_ptr, dinner_sq_ptr, part,
     F: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """Store gate * h, gate * dinner, and this tile's part of dp and of the squared norms."""
@@ -75,8 +75,8 @@ def _end_backward(  # type: ignore[no-untyped-def]
     dh = dh.to(kind).to(tl.float32)
     da = dh
     if SCALED:
-        scale = tl.load(
-            scale_ptr + token.to(tl.int64)[:, None] * F + columns[None, :],
+        scale = 1.0 + tl.load(
+            delta_ptr + token.to(tl.int64)[:, None] * F + columns[None, :],
             mask=mask & (token >= 0)[:, None],
             other=0.0,
         ).to(tl.float32)
@@ -103,7 +103,7 @@ def _end_backward(  # type: ignore[no-untyped-def]
     h = a
     if SCALED:
         h = a * scale
-        tl.store(dscale_ptr + out, (a * dh * gate).to(kind), mask=mask)
+        tl.store(ddelta_ptr + out, (a * dh * gate).to(kind), mask=mask)
     tl.store(dp_ptr + part + rows, tl.sum(tl.where(mask, dh * h, 0.0), axis=1))
     if NORMS:
         tl.store(h_sq_ptr + part + rows, tl.sum(h * h, axis=1))
@@ -113,7 +113,7 @@ def _end_backward(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows_kernel(  # type: ignore[no-untyped-def]
     a_ptr, a_desc, b_desc, token_ptr, end_ptr, out_ptr,
-    inner_ptr, scale_ptr, gate_ptr, unit_ptr, h_ptr, dinner_ptr, dscale_ptr,
+    inner_ptr, delta_ptr, gate_ptr, unit_ptr, h_ptr, dinner_ptr, ddelta_ptr,
     dp_ptr, h_sq_ptr, dinner_sq_ptr, P,
     K: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
     GATHER: tl.constexpr, ROW_MAJOR: tl.constexpr, ENDING: tl.constexpr, GATED: tl.constexpr,
@@ -162,14 +162,14 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             tl.store(at, total.to(out_ptr.dtype.element_ty), mask=mask)
         elif ENDING == 1:
             _end_forward(
-                total, other, token, rows, columns, mask, inner_ptr, h_ptr, scale_ptr,
+                total, other, token, rows, columns, mask, inner_ptr, h_ptr, delta_ptr,
                 N, GATED, SCALED,
             )  # fmt: skip
         else:
             part = (tile % column_tiles).to(tl.int64) * P
             _end_backward(
-                total, token, rows, columns, mask, inner_ptr, scale_ptr, gate_ptr, unit,
-                h_ptr, dinner_ptr, dscale_ptr, dp_ptr, h_sq_ptr, dinner_sq_ptr, part,
+                total, token, rows, columns, mask, inner_ptr, delta_ptr, gate_ptr, unit,
+                h_ptr, dinner_ptr, ddelta_ptr, dp_ptr, h_sq_ptr, dinner_sq_ptr, part,
                 N, GATED, SCALED, NORMS,
             )  # fmt: skip
 
@@ -240,7 +240,7 @@ def _launch_rows(
     gated: bool = False,
     out: Tensor | None = None,
     inner: Tensor | None = None,
-    scale: Tensor | None = None,
+    delta: Tensor | None = None,
     unit: Tensor | None = None,
     hidden: HiddenRows | None = None,
     h: Tensor | None = None,
@@ -255,10 +255,10 @@ def _launch_rows(
     _rows_kernel[(programs,)](
         a, None if gather else TensorDescriptor.from_tensor(a, [ALIGN, block_k]),
         _flat(weights, block), routing.token_P, routing.ends_E, out,
-        inner, scale, routing.gate_P, unit, rows.h_PF, rows.dinner_PI, rows.dscale_PF,
+        inner, delta, routing.gate_P, unit, rows.h_PF, rows.dinner_PI, rows.ddelta_PF,
         rows.dp_P, rows.h_sq_P, rows.dinner_sq_P, P,
         K=K, N=n, E=E, GATHER=gather, ROW_MAJOR=row_major, ENDING=ending, GATED=gated,
-        SCALED=scale is not None, NORMS=unit is not None, FLATTEN=tiles.flatten,
+        SCALED=delta is not None, NORMS=unit is not None, FLATTEN=tiles.flatten,
         BLOCK_M=ALIGN, BLOCK_N=block_n, BLOCK_K=block_k,
         BLOCK_E=max(16, triton.next_power_of_2(E)),
         num_warps=tiles.warps, num_stages=tiles.stages,
@@ -269,7 +269,7 @@ def up_product(
     kind: Activation,
     x_TC: Tensor,
     w_in_EIC: Tensor,
-    scale_TF: Tensor | None,
+    delta_TF: Tensor | None,
     routing: Routing,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
@@ -281,7 +281,7 @@ def up_product(
     h_PF = torch.empty(P, F, dtype=x_TC.dtype, device=x_TC.device)
     _launch_rows(
         x_TC, w_in_EIC, routing, tiles, F, gather=True, row_major=True, ending=FORWARD,
-        gated=gated, inner=inner_PI, scale=scale_TF, h=h_PF,
+        gated=gated, inner=inner_PI, delta=delta_TF, h=h_PF,
     )  # fmt: skip
     return inner_PI, h_PF
 
@@ -299,7 +299,7 @@ def hidden_gradients(
     g_TC: Tensor,
     w_out_ECF: Tensor,
     inner_PI: Tensor,
-    scale_TF: Tensor | None,
+    delta_TF: Tensor | None,
     routing: Routing,
     unit: Tensor | None,
     tiles: Tiles,
@@ -322,12 +322,12 @@ def hidden_gradients(
         return torch.empty(P, width, dtype=g_TC.dtype, device=g_TC.device)
 
     hidden = HiddenRows(
-        like(F), torch.empty_like(inner_PI), like(F) if scale_TF is not None else None, wide(),
+        like(F), torch.empty_like(inner_PI), like(F) if delta_TF is not None else None, wide(),
         wide() if unit is not None else None, wide() if unit is not None else None,
     )  # fmt: skip
     _launch_rows(
         g_TC, w_out_ECF, routing, tiles, F, gather=True, row_major=False, ending=BACKWARD,
-        gated=kind == "swiglu", inner=inner_PI, scale=scale_TF, unit=unit, hidden=hidden,
+        gated=kind == "swiglu", inner=inner_PI, delta=delta_TF, unit=unit, hidden=hidden,
     )  # fmt: skip
     return hidden
 

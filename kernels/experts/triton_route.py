@@ -95,6 +95,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     theta_0,
     stride,
     first,
+    sequence,
     C: tl.constexpr,
     E: tl.constexpr,
     FEWEST: tl.constexpr,
@@ -154,10 +155,10 @@ def _route_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     state = fired
     if EXPLORE:
         step = tl.load(step_ptr)
-        token = rows.to(tl.int64) + first
-        seed = token * 0x9E3779B1 + step * 0x85EBCA6B
+        index = ((rows + first) % sequence).to(tl.int64)
+        seed = index * 0x9E3779B1 + step * 0x85EBCA6B
         hash_, column = _explored_column(seed, fired, biased, columns, E)
-        explores = (token % stride == (step * 2654435761) % stride) & (hash_ >= 0)
+        explores = (index % stride == (step * 2654435761) % stride) & (hash_ >= 0)
         state = tl.where(explores[:, None] & (columns[None, :] == column[:, None]), 2, state)
     state = tl.where(row_mask[:, None] & column_mask[None, :], state, 0)
 
@@ -268,8 +269,8 @@ def route_triton(
         log_tau: [1].
         theta_E: learned thresholds on top of theta_0.
         bias_E: the controller's bias, fp32.
-        step_1: int64 [1]; decides, with a token's index, who explores what.
-        first: index of the first token in a sequence that ranks share.
+        step_1: int64 [1]; decides, with a token's index in its sequence, who explores what.
+        first: index of the first token in the pass, which ranks may share.
         spec: how experts are chosen.
         align: groups start at multiples of it, a power of two.
     """
@@ -292,6 +293,7 @@ def route_triton(
         x_TC, direction_EC, log_tau, theta_E, bias_E, step_1,
         s_TE, z_TE, p_TE, state_TE, x_inv_T, w_inv_E, count_NE,
         T, spec.tau_0, spec.theta_0, max(spec.stride, 1), first,
+        spec.sequence or first + T,
         C=C, E=E, FEWEST=min(spec.fewest, E), MOST=min(spec.most, E),
         BIAS_WEIGHS=spec.bias_weighs, EXPLORE=spec.stride > 0, HALF=half,
         BLOCK_T=block_t, BLOCK_C=64 if block_e <= 128 else 32, BLOCK_E=block_e,

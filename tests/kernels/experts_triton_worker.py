@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kernels.experts import SurpriseSpec
+from kernels.experts import Activation, SurpriseSpec
 from kernels.experts.spec import ProductTiles, Tiles
 from kernels.experts.triton_check import compare, decide, random_case, run_triton
 
@@ -30,6 +30,17 @@ def check(*sizes: int, **kwargs: Any) -> list[str]:
     """Compare a random layer with fp64; return what is off."""
     case = random_case(*sizes, **{"surprise": SPEC, "stride": 4, **kwargs})
     return compare(case).failures(gap=3.0, floor=1e-5)
+
+
+def narrow(activation: Activation, products: ProductTiles) -> list[str]:
+    """Compare with fp64 where deltas in bf16 are so small that 1 + delta in bf16 is 1."""
+    case = random_case(40, 5, 16, 24, scaled=True, activation=activation, products=products)
+    *leaves, delta = case.leaves
+    small = torch.full_like(delta, 1 / 512, dtype=torch.bfloat16).requires_grad_()
+    report = compare(case._replace(leaves=[*leaves, small]))
+    # That gradient is rounded to bf16.
+    assert report.ours.pop("delta") < 2**-8
+    return report.failures(gap=3.0, floor=1e-5)
 
 
 def repeats() -> list[str]:
@@ -46,10 +57,12 @@ def repeats() -> list[str]:
 CASES: dict[str, Callable[[], list[str]]] = {
     "swiglu": lambda: check(70, 6, 32, 24),
     "squared relu": lambda: check(70, 6, 32, 24, activation="relu2"),
-    "hidden scale": lambda: check(40, 5, 16, 24, scaled=True),
-    "hidden scale, squared relu": lambda: check(
+    "hidden delta": lambda: check(40, 5, 16, 24, scaled=True),
+    "hidden delta, squared relu": lambda: check(
         40, 5, 16, 24, scaled=True, activation="relu2", stride=0
     ),
+    "small hidden delta in bf16": lambda: narrow("swiglu", ProductTiles()),
+    "small hidden delta in bf16, own products": lambda: narrow("relu2", OWN),
     "no surprise": lambda: check(40, 6, 16, 24, surprise=None, surrogate_width=0.0),
     "balanced top-k": lambda: check(
         40, 6, 16, 24, surprise=None, surrogate_width=0.0, fewest=2, most=2, bias_weighs=False,
@@ -69,14 +82,15 @@ CASES: dict[str, Callable[[], list[str]]] = {
     "all experts fire": lambda: check(20, 4, 16, 16, most=4, mean=40.0),
     "more experts than a block": lambda: check(20, 40, 16, 16, most=8, mean=4.0),
     "closed experts": lambda: check(40, 6, 16, 24, closed=3, stride=1),
+    "packed sequences": lambda: check(70, 6, 16, 24, sequence=23),
     "one token": lambda: check(1, 4, 16, 16, stride=1),
     "width not a power of two": lambda: check(20, 4, 48, 40),
     "many blocks of tokens": lambda: check(500, 20, 16, 16),
     "own products": lambda: check(70, 6, 32, 24, products=OWN),
-    "own products, squared relu, hidden scale": lambda: check(
+    "own products, squared relu, hidden delta": lambda: check(
         40, 5, 48, 40, products=OWN, activation="relu2", scaled=True
     ),
-    "own products, hidden scale": lambda: check(40, 5, 16, 24, products=OWN, scaled=True),
+    "own products, hidden delta": lambda: check(40, 5, 16, 24, products=OWN, scaled=True),
     "own products, all tokens to one expert": lambda: check(
         200, 3, 16, 24, products=OWN, favour=1, surprise=None, surrogate_width=0.0
     ),

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.experts import SurpriseSpec, expert_ffn, inner_width
 from kernels.experts.naive import expert_ffn_naive
 
-NAMES = ("x", "w_in", "w_out", "z", "scale")
+NAMES = ("x", "w_in", "w_out", "z", "delta")
 
 
 @dataclass
@@ -49,7 +49,7 @@ def make(
         draw(experts, inner_width(activation, hidden), width, std=width**-0.5),
         draw(experts, width, hidden, std=hidden**-0.5),
         draw(tokens, experts),
-        1 + draw(tokens, hidden, std=0.3),
+        draw(tokens, hidden, std=0.3),
     ]
     grad = draw(tokens, width, std=1e-3)
     most = max(int(fired.sum(1).max()), 1)
@@ -74,11 +74,11 @@ def run(
     scaled: bool = True,
     **extra: object,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    x, w_in, w_out, z, scale = case.leaves
+    x, w_in, w_out, z, delta = case.leaves
     p = torch.where(case.fired, z, -torch.inf).softmax(1)
     common = dict(
         activation=case.activation,
-        hidden_scale_TF=scale if scaled else None,
+        hidden_delta_TF=delta if scaled else None,
         surprise=spec,
         z_TE=z,
         loss_scale=torch.tensor(loss_scale, dtype=z.dtype),
@@ -172,16 +172,16 @@ def test_an_idle_expert_gets_zero_weight_gradients(implementation):
 @pytest.mark.parametrize("implementation", FORMS)
 def test_no_tokens_at_all_give_empty_output_and_zero_weight_gradients(implementation):
     case = make(torch.zeros(1, 4, dtype=torch.bool)).to(torch.float32)
-    x, w_in, w_out, z, scale = case.leaves
+    x, w_in, w_out, z, delta = case.leaves
     empty = torch.zeros(0, 4)
     z = empty.clone().requires_grad_()
     y = expert_ffn(
         x[:0], w_in, w_out, empty, empty.bool(), activation="swiglu", max_fired=2,
-        hidden_scale_TF=scale[:0], surprise=SPEC, z_TE=z, loss_scale=torch.tensor(1.0),
+        hidden_delta_TF=delta[:0], surprise=SPEC, z_TE=z, loss_scale=torch.tensor(1.0),
         explored_TE=empty.bool(), max_explored=1, implementation=implementation,
     )  # fmt: skip
     assert y.shape == (0, 16)
-    grads = torch.autograd.grad(y.sum(), (x, w_in, w_out, z, scale))
+    grads = torch.autograd.grad(y.sum(), (x, w_in, w_out, z, delta))
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
 
 
@@ -264,11 +264,11 @@ def test_the_grouped_form_never_reads_the_device(monkeypatch):
     fired, explored = random_fired(20, 6, 4)
     case = make(fired, explored).to(torch.float32)
     leaves = [leaf.detach().to("meta").requires_grad_() for leaf in case.leaves]
-    x, w_in, w_out, z, scale = leaves
+    x, w_in, w_out, z, delta = leaves
     stats: dict[str, Tensor] = {}
     y = expert_ffn(
         x, w_in, w_out, torch.empty(20, 6, device="meta"), fired.to("meta"), activation="swiglu",
-        max_fired=4, hidden_scale_TF=scale, surprise=SPEC, z_TE=z, stats=stats, max_explored=7,
+        max_fired=4, hidden_delta_TF=delta, surprise=SPEC, z_TE=z, stats=stats, max_explored=7,
         loss_scale=torch.empty((), device="meta"), explored_TE=explored.to("meta"),
         counts_X=torch.zeros(7, dtype=torch.int64, device="meta"),
     )  # fmt: skip

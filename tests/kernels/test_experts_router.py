@@ -1,5 +1,7 @@
 """Routing in torch: fp32 cosines, who fires within the bounds, gradients for all experts."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -122,12 +124,37 @@ def test_exploration_is_uniform_over_the_experts_that_did_not_fire():
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-def test_exploration_of_few_tokens(tokens):
+@pytest.mark.parametrize("sequence", [0, 1, 3, 7])
+def test_exploration_of_few_tokens(tokens, sequence):
     z = torch.randn(tokens, 3)
     for step in range(7):
-        explored = explore(z, fire(z, 1, 1), torch.tensor([step]), 4)
+        explored = explore(z, fire(z, 1, 1), torch.tensor([step]), 4, 2, sequence)
         assert explored.shape == (tokens, 3)
-        assert int(explored.sum()) <= explored_capacity(tokens, 4)
+        assert int(explored.sum()) <= explored_capacity(tokens, 4, sequence)
+
+
+def test_a_sequence_explores_alike_wherever_in_a_pass_it_stands_and_whoever_shares_it():
+    length, stride, experts = 23, 4, 5
+    z = torch.randn(3 * length, experts)
+    fired = fire(z, 1, 2)
+    marked = 0
+    for number in range(stride):
+        step = torch.tensor([number])
+        pack = explore(z, fired, step, stride, 0, length)
+        for own in torch.arange(3 * length).split(length):
+            alone = explore(z[own], fired[own], step, stride)
+            assert torch.equal(pack[own], alone)
+            assert alone.any()
+        for ranks in (2, 4, 5):
+            cuts = [3 * length * rank // ranks for rank in range(ranks + 1)]
+            shares = [slice(a, b) for a, b in itertools.pairwise(cuts)]
+            parts = [explore(z[s], fired[s], step, stride, s.start, length) for s in shares]
+            assert torch.equal(torch.cat(parts), pack)
+            for part in parts:
+                assert int(part.sum()) <= explored_capacity(len(part), stride, length)
+        marked += int(pack.sum())
+    # Over so many steps each token had its turn.
+    assert marked == 3 * length
 
 
 def test_nothing_is_explored_where_every_expert_fired():

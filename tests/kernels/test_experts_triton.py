@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,9 @@ def test_capacity_holds_any_routing() -> None:
     assert spec.capacity(95, 8, 16) >= 95 * 4 + 10 + 8 * 15
     assert spec.capacity(95, 8, 16) % 16 == 0
     assert spec.capacity(95, 2, 1) == 95 * 2 + 10
+    packed = replace(spec, sequence=19)
+    # Six sequences at most, of which each may explore once more than its share.
+    assert packed.capacity(95, 8, 1) == 95 * 4 + (95 + 6 * 9) // 10
 
 
 def test_what_triton_cannot_take_is_refused_with_the_reason() -> None:

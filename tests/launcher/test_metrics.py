@@ -395,5 +395,30 @@ def test_the_load_picture_stays_bounded_and_shows_dead_and_new_experts() -> None
     assert (colour(np.array([1.0, 2.0])).astype(int).sum(-1) > 0).all()
 
 
+def test_experts_of_a_pool_that_can_grow_are_shown_once_they_exist(tmp_path: Path) -> None:
+    with Metrics(tmp_path) as metrics:
+        for step in range(1, 4):
+            exist = 4 if step < 3 else 5
+            load = torch.tensor([0.5] * exist + [0.0] * (8 - exist), dtype=torch.float64)
+            # Dead at the end: it exists, and nobody comes.
+            load[3] = 0.0 if step == 3 else 0.5
+            values = {"expert_load": load, "active_experts": torch.tensor(float(exist))}
+            metrics.step(record(step), {"blocks.0.ffn": values})
+    picture = metrics._histories["moe/layer_00/expert_load"].image()
+    tall, wide = picture.shape[0] // 5, picture.shape[1] // 3
+    cells = picture[tall // 2 :: tall, wide // 2 :: wide]
+    assert cells.shape == (5, 3, 3), "an expert that never existed has no row"
+    balanced = colour(np.array([1.0, 5 / 4]))
+    assert (cells[:4, :2] == balanced[0]).all() and (cells[[0, 1, 2, 4], 2] == balanced[1]).all()
+    assert (cells[3, 2] == 0).all() and (cells[4, :2] == 128).all()
+    reader = events(tmp_path)
+    for tag in ("moe/layer_00/expert_load", "moe/expert_load"):
+        assert [e.histogram_value.num for e in reader.Histograms(tag)] == [4, 4, 5], tag
+    assert scalar(reader, "moe/layer_00/load_max") == {1: 1.0, 2: 1.0, 3: 1.25}
+    assert scalar(reader, "moe/layer_00/dead_experts") == {1: 0.0, 2: 0.0, 3: 1.0}
+    rows = [row["expert_load"] for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert [len(row["moe/layer_00/expert_load"]) for row in rows] == [4, 4, 5]
+
+
 def test_memory_is_that_of_this_process() -> None:
     assert memory_bytes(torch.device("cpu")) > 50 * 2**20

@@ -87,8 +87,9 @@ def test_one_two_and_four_ranks_go_on_with_each_others_checkpoints_in_any_mode(
     found, expected = rows(tmp_path / "runs" / "tiny"), rows(whole[0])
     assert [r["step"] for r in found] == list(range(1, STEPS + 1))
     for a, b in zip(expected, found, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-2)
+        # Other sequences share a pass on other ranks, and still the same tokens explore.
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
         assert {k: a[k] for k in ("lr", "tokens", "sample_cursor")} == {
             k: b[k] for k in ("lr", "tokens", "sample_cursor")
         }

@@ -31,7 +31,7 @@ class Stack(nn.Module):
             y = self.ffn[i](x).tanh()
             if modulate:
                 return x + self.scale[i].modulate(y, part, index)
-            return x + y * self.scale[i](part, index)
+            return x + y * (1 + self.scale[i](part, index))
 
         for i in range(LAYERS):
             if checkpointing:
@@ -54,7 +54,7 @@ def test_zero_rows_leave_the_feed_forward_alone():
     unique, inverse = unique_ids(ids)
     scale = DeepEmbedScale(1, WIDTH)
     values = torch.zeros(len(unique), LAYERS * WIDTH)
-    assert torch.equal(scale(values, inverse), torch.ones(TOKENS, WIDTH))
+    assert torch.equal(scale(values, inverse), torch.zeros(TOKENS, WIDTH))
     assert torch.equal(scale.modulate(x, values, inverse), x)
 
 
@@ -127,10 +127,12 @@ def test_kept_output_is_not_computed_again_and_changes_no_bit():
 
 
 def test_small_delta_survives_bf16():
-    x = torch.full((1, WIDTH), 3.0, dtype=torch.bfloat16)
-    values = torch.full((1, WIDTH), 1 / 512, dtype=torch.bfloat16)
+    x = torch.full((1, WIDTH), 3.75, dtype=torch.bfloat16)
+    values = torch.full((1, WIDTH), 1 / 300, dtype=torch.bfloat16)
     index = torch.zeros(1, dtype=torch.int64)
     exact = (x.double() * (1 + values.double())).bfloat16()
+    assert torch.equal(1 + values, torch.ones_like(values))
+    assert not torch.equal(exact, x)
     assert torch.equal(DeepEmbedScale(0, WIDTH).modulate(x, values, index), exact)
 
 

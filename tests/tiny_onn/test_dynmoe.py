@@ -1,5 +1,6 @@
 """DynMoE layer: what a token fires, how the controller steers it, what recomputation keeps."""
 
+import copy
 import math
 
 import pytest
@@ -44,16 +45,50 @@ def fired_of(module: DynMoe, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("shared", [False, True])
 def test_output_is_the_gated_sum_of_the_fired_experts(activation, shared):
     m = layer(activation=activation, shared_expert=shared, max_experts=8).double()
-    x, scale = tokens().double(), 1 + 0.1 * tokens(64, 2, 16).double()
+    x, delta = tokens().double(), 0.1 * tokens(64, 2, 16).double()
     fired = fired_of(m, x)
     s = cosine_scores(x, m.direction_EC.detach())
     p = torch.where(fired, m.tau_0 * s, -torch.inf).softmax(1)
     y = expert_ffn_naive(
-        x, m.w_in_EIC, m.w_out_ECF, p, fired, activation=activation, hidden_scale_TF=scale
+        x, m.w_in_EIC, m.w_out_ECF, p, fired, activation=activation, hidden_delta_TF=delta
     )
     if shared:
-        y = y + m.shared(x, scale)
-    torch.testing.assert_close(m.eval()(x, scale, None), y)
+        y = y + m.shared(x, delta)
+    torch.testing.assert_close(m.eval()(x, delta, None), y)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize("kind", ["dynmoe", "dense"])
+def test_a_small_delta_of_the_hidden_channels_reaches_output_and_gradients_in_bf16(
+    kind, activation
+):
+    torch.manual_seed(0)
+    cfg = config(kind=kind, activation=activation, shared_expert=True)
+    m = build_ffn(cfg, WIDTH).eval().bfloat16()
+    x, g = tokens(256).bfloat16(), tokens(256, 2).bfloat16()
+    delta = torch.full((256, cfg.hidden_width(WIDTH)), 1 / 512)
+
+    def values(dtype, delta):
+        own = copy.deepcopy(m).to(dtype)
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        y = own(leaf, delta.to(dtype), None)
+        y.backward(g.to(dtype))
+        named = {n: w for n, w in grads(own).items() if n.startswith(("w_", "shared"))}
+        return {"y": y.detach(), "dx": leaf.grad, **named}
+
+    plain = values(torch.float64, 0 * delta)
+    exact, ours, without = (
+        {n: (v.double() * plain[n]).sum() / plain[n].square().sum() for n, v in found.items()}
+        for found in (
+            values(torch.float64, delta),
+            values(torch.bfloat16, delta),
+            values(torch.bfloat16, 0 * delta),
+        )
+    )
+    for name, gain in exact.items():
+        assert gain - 1 == pytest.approx(1 / 512, rel=1e-6), name
+        # A value of bf16 is off by as much; the weighted mean over all of them by less.
+        assert ours[name] - without[name] == pytest.approx(1 / 512, rel=0.5), name
 
 
 def test_training_and_evaluation_fire_alike():
@@ -179,12 +214,12 @@ def test_activation_checkpointing_changes_neither_gradients_nor_counts(reentrant
         m = layer(shared_expert=True).to(dtype)
         m.record = True
         x = tokens().to(dtype).requires_grad_()
-        scale = (1 + 0.1 * tokens(64, 2, 16)).to(dtype).requires_grad_()
-        args = (x, scale, torch.tensor(0.01))
+        delta = (0.1 * tokens(64, 2, 16)).to(dtype).requires_grad_()
+        args = (x, delta, torch.tensor(0.01))
         y = checkpoint(m, *args, use_reentrant=reentrant) if recompute else m(*args)
         y.backward(tokens(64, 3).to(dtype) * 0.01)
         stats = {k: v.clone() for k, v in m.stats.items()}
-        results.append((y.detach(), x.grad, scale.grad, m.counts_X.clone(), grads(m), stats))
+        results.append((y.detach(), x.grad, delta.grad, m.counts_X.clone(), grads(m), stats))
     plain, recomputed = results
     for a, b in zip(plain[:4], recomputed[:4], strict=True):
         assert torch.equal(a, b)
@@ -291,10 +326,10 @@ def test_dense_has_the_same_active_width_and_the_same_call():
     m = build_ffn(cfg, WIDTH)
     assert isinstance(m, DenseFfn)
     assert m.w_out_CF.shape == (WIDTH, 2.5 * 16 + 16) == (WIDTH, cfg.hidden_width(WIDTH))
-    x, scale = tokens(5), tokens(5, 2, 56)
+    x, delta = tokens(5), tokens(5, 2, 56)
     gate, up = (x @ m.w_in_IC.t()).chunk(2, 1)
-    expected = (torch.sigmoid(gate) * gate * up * scale) @ m.w_out_CF.t()
-    torch.testing.assert_close(m(x, scale, ONE), expected)
+    expected = (torch.sigmoid(gate) * gate * up * (1 + delta)) @ m.w_out_CF.t()
+    torch.testing.assert_close(m(x, delta, ONE), expected)
     assert isinstance(build_ffn(config(), WIDTH), DynMoe)
     assert config(dense_hidden=40, kind="dense").hidden_width(WIDTH) == 40
     assert config().hidden_width(WIDTH) == 16
@@ -310,7 +345,12 @@ def test_dense_has_the_same_active_width_and_the_same_call():
         ({"min_experts": 0}, "min_experts"),
         ({"max_experts": 9}, "max_experts <= experts"),
         ({"explore_share": 2.0}, "explore_share"),
-        ({"router_temperature": 0.0}, "temperature"),
+        ({"explore_share": 0.7}, "explore_share 0.7 .* set it to 1 or 0.5"),
+        ({"explore_share": 0.45}, "explore_share 0.45 .* set it to 0.5 or 0.3333"),
+        ({"surprise": "off", "target_experts": 2.5}, "target_experts 2.5 .* to 2 or 3"),
+        ({"router_kl_weight": -1.0}, "router_kl_weight"),
+        ({"router_ce_weight": -0.1}, "router_ce_weight"),
+        ({"router_temperature": 0.0}, "router_temperature"),
         ({"dead_window": 0}, "dead_window"),
         ({"balance_gain": -1.0}, "balance_gain"),
         ({"expert_hidden": 0}, "expert_hidden"),
@@ -322,6 +362,12 @@ def test_dense_has_the_same_active_width_and_the_same_call():
 def test_impossible_configurations_are_refused_by_name(changes, named):
     with pytest.raises(ValueError, match=named):
         config(**changes)
+
+
+def test_the_share_that_explores_is_the_configured_one():
+    for share in (0.02, 0.1, 0.15, 0.25, 1.0):
+        m = layer(explore_share=share)
+        assert 1 / m.layer_spec().route.stride == pytest.approx(share, rel=0.1)
 
 
 def _two_layers(mesh: object, shares: list[int]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,25 @@ def test_input_embedding_in_the_rows_is_refused_where_it_cannot_be() -> None:
         replace(SPARSE, tie_embeddings=False, deepembed=hidden, embedding_partition="rows")
     with pytest.raises(ValueError, match="none of zero3, rows"):
         replace(SPARSE, embedding_partition="columns")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"ffn": DynMoeConfig()}, "ffn.kind dynmoe"),
+        ({"activation_checkpointing": "none"}, "activation_checkpointing none"),
+        ({"deepembed": DeepEmbedConfig(kind="hidden", keep_output=True)}, "kind hidden"),
+        ({"deepembed": DeepEmbedConfig(partition="zero3", keep_output=True)}, "partition zero3"),
+    ],
+)
+def test_keeping_an_output_that_is_not_there_is_refused(
+    changes: dict[str, Any], named: str
+) -> None:
+    keeps = replace(
+        DENSE, deepembed=DeepEmbedConfig(keep_output=True), activation_checkpointing="recompute"
+    )
+    with pytest.raises(ValueError, match=f"keep_output .*{named}.* set it to false"):
+        replace(keeps, **changes)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "hidden", "dense hidden"])
