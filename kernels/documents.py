@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kernels.transfer import to_device
+
 
 class Documents:
     """Boundaries of B documents packed into one sequence of T tokens.
@@ -56,13 +58,13 @@ class Documents:
     def cu_seqlens(self) -> Tensor:
         """Cumulative lengths, int32 [B+1]."""
         ends = torch.tensor([*self.starts, self.total], dtype=torch.int32)
-        return without_waiting(ends, self.device)
+        return to_device(ends, self.device)
 
     @cached_property
     def positions(self) -> Tensor:
         """Position of every token in its own document, int32 [T]."""
         parts = [torch.arange(n, dtype=torch.int32) for n in self.lengths]
-        return without_waiting(torch.cat(parts), self.device)
+        return to_device(torch.cat(parts), self.device)
 
     def seen_by(self, first: int, stop: int) -> tuple[int, Documents]:
         """Return what the tokens [first, stop) may look at: whole documents up to `stop`.
@@ -83,16 +85,6 @@ class Documents:
             lengths[-1] = stop - self.starts[last - 1]
             self._parts[first, stop] = self.starts[at], Documents(lengths, self.device)
         return self._parts[first, stop]
-
-
-def without_waiting(host: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device in the order of its stream, without waiting for that.
-
-    From pageable memory CUDA stages the copy first, and waits for the stream before it does.
-    """
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
 
 
 def _indexed(device: torch.device | str) -> torch.device:

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from data.loader import PackedLoader
 from data.packing import Batch
 from kernels import Documents
+from kernels.transfer import to_device
 from launcher import config
 from launcher.components import seed_everything
 from launcher.config import RunConfig
 from launcher.model_stats import derive, recording, scalars
 from launcher.pretrain import resolved
 from parallel.schedule import learning_rate_factor
-from parallel.transfer import to_device
 from parallel.zero_setup import parameter_groups
 from tiny_onn.dynmoe import DynMoe, update_controllers
 from tiny_onn.expert_pool import Changes

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import Documents
+from kernels.transfer import to_device
 from launcher.bench_ranks import run_in_ranks
 from launcher.bench_train import VARIANTS
 from launcher.components import accumulation, active_flops
@@ -40,7 +41,6 @@ from parallel.engine import Engine
 from parallel.group_exchange import GroupExchange
 from parallel.mesh import Mesh, init_mesh
 from parallel.tables import RowTable
-from parallel.transfer import to_device
 from tiny_onn.dynmoe import update_controllers
 from tiny_onn.modular import TinyOnn
 

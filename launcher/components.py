@@ -16,6 +16,7 @@ from data.index import TOKENIZER
 from data.loader import Batch, PackedLoader
 from data.tokenizer import Tokenizer
 from kernels import Documents
+from kernels.transfer import to_device
 from launcher.config import RunConfig, dump
 from launcher.flops import Shape, flops_per_token
 from launcher.lifecycle import RunFolder, StopRequest
@@ -28,7 +29,6 @@ from parallel.engine import Engine
 from parallel.group_exchange import GroupExchange, require_degree
 from parallel.mesh import Mesh, init_mesh
 from parallel.tables import Rows, RowTable
-from parallel.transfer import to_device
 from tiny_onn.modular import ModelConfig, ModelOutput, TinyOnn
 
 SILENT = -1

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from data.index import DataError
 from data.loader import Batch
+from kernels.transfer import to_device
 from launcher.components import active_flops, build, open_metrics
 from launcher.config import RunConfig
 from launcher.evaluate import text_sample, validate
@@ -29,7 +30,6 @@ from launcher.spikes import SpikeError
 from launcher.stragglers import Stragglers
 from launcher.trace import Trace
 from parallel.engine import StepResult
-from parallel.transfer import to_device
 from tiny_onn.dynmoe import update_controllers
 
 

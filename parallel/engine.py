@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kernels.transfer import to_device
 from parallel.deepspeed_env import load_deepspeed, require_async_io
 from parallel.engine_config import EngineConfig, OffloadConfig, OptimizerConfig, ZeroConfig
 from parallel.host_buffers import HostBuffers
@@ -28,7 +29,6 @@ from parallel.mesh import Mesh
 from parallel.resident import ResidentWeights, no_gradient
 from parallel.schedule import ScheduleConfig, learning_rate_factor
 from parallel.tensor_file import TensorSource
-from parallel.transfer import to_device
 from parallel.zero_setup import (
     EngineError,
     build_optimizer,

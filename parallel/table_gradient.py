@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from kernels.rows_step import RowKernels
+from kernels.transfer import to_device
 from parallel.table_batch import TOGETHER, RowMemory
 from parallel.table_exchange import Exchange, Plan
 from parallel.table_layout import TableError
 from parallel.table_tiers import TierThread
-from parallel.transfer import to_device
 
 
 class BatchGradient:

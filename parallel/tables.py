@@ -32,6 +32,7 @@ from torch import Tensor
 
 from kernels.rows import RowIndex
 from kernels.rows_step import Rule
+from kernels.transfer import to_device
 from parallel.mesh import Mesh
 from parallel.table_batch import DeviceBuffer, Gate, Parts, Staged
 from parallel.table_contents import StoredRows
@@ -39,7 +40,6 @@ from parallel.table_exchange import Plan
 from parallel.table_gradient import BatchGradient, StepGradient
 from parallel.table_layout import TableConfig, TableError
 from parallel.table_work import RowWork
-from parallel.transfer import to_device
 
 
 class Rows(NamedTuple):

@@ -23,9 +23,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kernels.documents import Documents, without_waiting
+from kernels.documents import Documents
 from kernels.nsa.selection import rank_bias
 from kernels.nsa.spec import NsaSpec
+from kernels.transfer import to_device
 
 MASK_CACHE_BYTES = 64 << 20
 CPU_TILE = 128
@@ -120,7 +121,7 @@ class Plan:
         compressed_last = torch.where(whole, compressed_first + spec.block - 1, docs.total)
 
         def put(x: Tensor) -> Tensor:
-            return without_waiting(x, docs.device)
+            return to_device(x, docs.device)
 
         self.token_of_slot = put(token_of_slot)
         self.slot_of_token = put(slot_of_token)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.documents import Documents, without_waiting
+from kernels.documents import Documents
 from kernels.nsa.spec import NsaSpec
+from kernels.transfer import to_device
 
 _CACHE = "_nsa_triton_layouts"
 
@@ -112,7 +113,7 @@ def _build(docs: Documents, spec: NsaSpec) -> PackedLayout:
     flat = torch.cat(
         [tokens.flatten(), window.flatten(), slots.flatten(), block_token, block_end]
     ).to(torch.int32)
-    parts = torch.split(without_waiting(flat, docs.device), sizes)
+    parts = torch.split(to_device(flat, docs.device), sizes)
     return PackedLayout(
         tokens=parts[0].view(4, -1),
         window=parts[1].view(4, -1),

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from parallel.transfer import to_device
+from kernels.transfer import to_device
 
 CUDA = torch.device("cuda", 0)
 
