@@ -26,7 +26,7 @@ from parallel.schedule import ScheduleConfig
 from parallel.tables import RowTable
 from tiny_onn.attention import AttentionConfig
 from tiny_onn.deepembed import DeepEmbedConfig
-from tiny_onn.dynmoe import DynMoeConfig
+from tiny_onn.dynmoe_config import DynMoeConfig
 from tiny_onn.modular import ModelConfig, TinyOnn
 
 DOCUMENT = 1024

@@ -135,7 +135,7 @@ def shape_of(cfg: ModelConfig, seq_len: int) -> Shape:
         selected=a.selected,
         window=a.window,
         ffn=f.kind,
-        hidden=f.hidden_width(cfg.width),
+        hidden=f.hidden_width(),
         experts=1 if dense else f.experts,
         target_experts=1.0 if dense else f.target_experts,
         shared_hidden=f.expert_hidden if f.shared_expert and not dense else 0,

@@ -35,7 +35,8 @@ from tiny_onn.deepembed import (
     LayerRows,
     split_layers,
 )
-from tiny_onn.dynmoe import DenseFfn, DynMoeConfig, build_ffn
+from tiny_onn.dynmoe import DenseFfn, build_ffn
+from tiny_onn.dynmoe_config import DynMoeConfig
 from tiny_onn.fused import add_and_feed, add_and_norm, compiled, project
 from tiny_onn.loss import Head
 from tiny_onn.norm_rope import RMSNorm, rope_tables
@@ -138,7 +139,7 @@ class ModelConfig:
     @property
     def deepembed_width(self) -> int:
         """W: channels that one DeepEmbed vector of one layer scales; 0 when it is off."""
-        return {"off": 0, "output": self.width, "hidden": self.ffn.hidden_width(self.width)}[
+        return {"off": 0, "output": self.width, "hidden": self.ffn.hidden_width()}[
             self.deepembed.kind
         ]
 

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from kernels.experts.naive import expert_ffn_naive
 from kernels.experts.router import cosine_scores
 from tests.ranks import Ranks, run_ranks
-from tiny_onn.dynmoe import DenseFfn, DynMoe, DynMoeConfig, build_ffn, update_controllers
+from tiny_onn.dynmoe import DenseFfn, DynMoe, build_ffn, update_controllers
+from tiny_onn.dynmoe_config import DynMoeConfig
 
 WIDTH = 32
 ONE = torch.tensor(1.0)
@@ -66,7 +67,7 @@ def test_a_small_delta_of_the_hidden_channels_reaches_output_and_gradients_in_bf
     cfg = config(kind=kind, activation=activation, shared_expert=True)
     m = build_ffn(cfg, WIDTH).eval().bfloat16()
     x, g = tokens(256).bfloat16(), tokens(256, 2).bfloat16()
-    delta = torch.full((256, cfg.hidden_width(WIDTH)), 1 / 512)
+    delta = torch.full((256, cfg.hidden_width()), 1 / 512)
 
     def values(dtype, delta):
         own = copy.deepcopy(m).to(dtype)
@@ -325,14 +326,14 @@ def test_dense_has_the_same_active_width_and_the_same_call():
     cfg = config(kind="dense", target_experts=2.5, shared_expert=True)
     m = build_ffn(cfg, WIDTH)
     assert isinstance(m, DenseFfn)
-    assert m.w_out_CF.shape == (WIDTH, 2.5 * 16 + 16) == (WIDTH, cfg.hidden_width(WIDTH))
+    assert m.w_out_CF.shape == (WIDTH, 2.5 * 16 + 16) == (WIDTH, cfg.hidden_width())
     x, delta = tokens(5), tokens(5, 2, 56)
     gate, up = (x @ m.w_in_IC.t()).chunk(2, 1)
     expected = (torch.sigmoid(gate) * gate * up * (1 + delta)) @ m.w_out_CF.t()
     torch.testing.assert_close(m(x, delta, ONE), expected)
     assert isinstance(build_ffn(config(), WIDTH), DynMoe)
-    assert config(dense_hidden=40, kind="dense").hidden_width(WIDTH) == 40
-    assert config().hidden_width(WIDTH) == 16
+    assert config(dense_hidden=40, kind="dense").hidden_width() == 40
+    assert config().hidden_width() == 16
 
 
 @pytest.mark.parametrize(

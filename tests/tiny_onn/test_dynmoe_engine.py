@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from parallel.engine import Engine, EngineConfig, OptimizerConfig, ScheduleConfig, ZeroConfig
 from parallel.mesh import Mesh
 from tests.ranks import Ranks, run_ranks
-from tiny_onn.dynmoe import DynMoe, DynMoeConfig, update_controllers
+from tiny_onn.dynmoe import DynMoe, update_controllers
+from tiny_onn.dynmoe_config import DynMoeConfig
 
 WIDTH, TOKENS, STEPS = 16, 24, 6
 

@@ -21,7 +21,8 @@ from parallel.engine import (
 from parallel.engine_config import ZeroConfig
 from parallel.mesh import Mesh
 from tests.ranks import Ranks
-from tiny_onn.dynmoe import DynMoe, DynMoeConfig, update_controllers
+from tiny_onn.dynmoe import DynMoe, update_controllers
+from tiny_onn.dynmoe_config import DynMoeConfig
 from tiny_onn.expert_pool import look, plain_rewrite
 
 WIDTH, TOKENS, WINDOW = 16, 48, 4

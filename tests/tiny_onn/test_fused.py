@@ -13,7 +13,7 @@ from kernels import Documents
 from tiny_onn import fused
 from tiny_onn.attention import AttentionConfig
 from tiny_onn.deepembed import DeepEmbedConfig
-from tiny_onn.dynmoe import DynMoeConfig
+from tiny_onn.dynmoe_config import DynMoeConfig
 from tiny_onn.modular import ModelConfig, ModelOutput, TinyOnn
 
 LENGTHS = (17, 1, 46)

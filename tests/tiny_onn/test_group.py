@@ -20,7 +20,8 @@ from tests.ranks import Ranks
 from tiny_onn.activations import Checkpointing
 from tiny_onn.attention import AttentionConfig
 from tiny_onn.deepembed import DeepEmbedConfig
-from tiny_onn.dynmoe import DynMoeConfig, update_controllers
+from tiny_onn.dynmoe import update_controllers
+from tiny_onn.dynmoe_config import DynMoeConfig
 from tiny_onn.modular import ModelConfig, TinyOnn
 
 V, STEPS, SEQUENCES = 97, 20, 2

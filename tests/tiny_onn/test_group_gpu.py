@@ -24,7 +24,8 @@ from parallel.mesh import Mesh
 from tests.ranks import Ranks
 from tiny_onn.attention import AttentionConfig
 from tiny_onn.deepembed import DeepEmbedConfig
-from tiny_onn.dynmoe import DynMoeConfig, update_controllers
+from tiny_onn.dynmoe import update_controllers
+from tiny_onn.dynmoe_config import DynMoeConfig
 from tiny_onn.modular import ModelConfig, TinyOnn
 
 V, STEPS, LENGTHS = 8192, 8, (1777, 33, 1, 2000, 285)

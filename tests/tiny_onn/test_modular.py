@@ -15,7 +15,7 @@ from launcher.components import shape_of
 from launcher.flops import parameter_counts
 from tiny_onn.attention import AttentionConfig
 from tiny_onn.deepembed import DeepEmbedConfig
-from tiny_onn.dynmoe import DynMoeConfig
+from tiny_onn.dynmoe_config import DynMoeConfig
 from tiny_onn.generation import Sampling, generate
 from tiny_onn.modular import ModelConfig, ModelOutput, TinyOnn
 
