@@ -117,6 +117,17 @@ def test_an_own_interpreter_is_used_as_it_is(checkout: Path) -> None:
     assert not (checkout / "calls").exists()
 
 
+def test_who_wants_no_bytecode_beside_the_sources_has_it_in_the_cache(checkout: Path) -> None:
+    (checkout / "module.py").write_text("")
+    code = 'source slurm/env.sh --; "$PYTHON" -c "import module"'
+    environment = {**without_slurm(), "TINY_ONN_PYTHON": sys.executable, "PYTHONPATH": "."}
+    environment.pop("PYTHONPYCACHEPREFIX", None)
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    subprocess.run(["bash", "-c", code], cwd=checkout, env=environment, check=True, timeout=60)
+    (compiled,) = checkout.rglob("module.*.pyc")
+    assert compiled.is_relative_to(checkout / ".cache/bytecode")
+
+
 def test_an_own_interpreter_without_the_packages_is_refused(checkout: Path) -> None:
     text = f'#!/bin/sh\nexec {sys.base_prefix}/bin/python3 -IS "$@"\n'
     isolated = program(checkout, "isolated", text)
