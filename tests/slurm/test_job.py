@@ -55,7 +55,7 @@ def test_a_job_without_a_node_list_fails_and_says_so(tmp_path: Path) -> None:
 
 def test_a_run_that_keeps_crashing_gives_up_after_its_budget(submission: Submission) -> None:
     # Node 1 dies; node 0 would wait for it forever.
-    play(submission, "[[ $NODE_RANK == 0 ]] && sleep 300; echo 'rank 1 failed'; exit 1")
+    play(submission, "[[ $NODE_RANK == 0 ]] && exec sleep 300; echo 'rank 1 failed'; exit 1")
     submission.submit(TINY_ONN_CRASHES="1")
     assert submission.wait_finished() == "FAILED"
     assert submission.cluster.job(submission.job)["Restarts"] == "1"
