@@ -320,13 +320,9 @@ def validate(cfg: RunConfig) -> None:
     try:
         cfg.engine.validate(cfg.train.steps)
         cfg.checkpoint.validate()
+        cfg.model.deepembed.validate("model.deepembed")
     except ValueError as e:
         raise ConfigError(str(e)) from None
-    try:
-        cfg.model.deepembed.validate()
-    except ValueError as e:
-        # The table does not know whose configuration it has.
-        raise ConfigError(f"model.deepembed: {str(e).partition(': ')[2]}") from None
 
 
 def flat(cfg: RunConfig) -> dict[str, Any]:

@@ -62,8 +62,8 @@ class TableConfig:
     threads: int = 0
     direct: bool = True
 
-    def validate(self) -> None:
-        """Raise ValueError, naming the key, when a value cannot be meant."""
+    def validate(self, name: str = "table") -> None:
+        """Raise ValueError, naming the key behind `name`, when a value cannot be meant."""
         for key, value, allowed in (
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("tier", self.tier, TIERS),
@@ -71,22 +71,22 @@ class TableConfig:
             ("kernel", self.kernel, ("auto", "compiled", "torch")),
         ):
             if value not in allowed:
-                raise ValueError(f"table: {key} {value!r} is none of {', '.join(allowed)}")
+                raise ValueError(f"{name}: {key} {value!r} is none of {', '.join(allowed)}")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"table: betas {self.betas} must lie in [0, 1)")
+            raise ValueError(f"{name}: betas {self.betas} must lie in [0, 1)")
         finite = max(self.eps, self.lr_multiplier, self.weight_decay) < math.inf
         if not (finite and self.eps > 0 and self.lr_multiplier >= 0 and self.weight_decay >= 0):
             raise ValueError(
-                f"table: eps {self.eps} must be positive, lr_multiplier {self.lr_multiplier} and "
+                f"{name}: eps {self.eps} must be positive, lr_multiplier {self.lr_multiplier} and "
                 f"weight_decay {self.weight_decay} must not be negative, and all finite"
             )
         if self.cache_rows < 0 or self.io_threads < 1 or self.threads < 0:
             raise ValueError(
-                f"table: cache_rows {self.cache_rows} and threads {self.threads} must be >= 0, "
+                f"{name}: cache_rows {self.cache_rows} and threads {self.threads} must be >= 0, "
                 f"io_threads {self.io_threads} must be >= 1"
             )
         if self.tier == "nvme" and not self.nvme_path:
-            raise ValueError("table: tier nvme needs nvme_path, a folder on a local disk")
+            raise ValueError(f"{name}: tier nvme needs nvme_path, a folder on a local disk")
 
 
 @dataclass(frozen=True)

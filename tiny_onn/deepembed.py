@@ -44,13 +44,13 @@ class DeepEmbedConfig(TableConfig):
     partition: Literal["rows", "zero3"] = "rows"
     keep_output: bool = False
 
-    def validate(self) -> None:
-        """Raise ValueError, naming the key, when a value cannot be meant."""
+    def validate(self, name: str = "deepembed") -> None:
+        """Raise ValueError, naming the key behind `name`, when a value cannot be meant."""
         if self.kind not in ("off", "output", "hidden"):
-            raise ValueError(f"deepembed: kind {self.kind!r} is none of off, output, hidden")
+            raise ValueError(f"{name}: kind {self.kind!r} is none of off, output, hidden")
         if self.partition not in ("rows", "zero3"):
-            raise ValueError(f"deepembed: partition {self.partition!r} is none of rows, zero3")
-        super().validate()
+            raise ValueError(f"{name}: partition {self.partition!r} is none of rows, zero3")
+        super().validate(name)
 
 
 @dataclass(frozen=True, eq=False)

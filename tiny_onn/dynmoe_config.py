@@ -181,7 +181,7 @@ class DynMoeConfig:
         return self.min_experts, self.max_experts
 
     def hidden_width(self) -> int:
-        """Hidden channels of the layer that DeepEmbed `hidden`.
+        """Hidden channels of the layer that DeepEmbed `hidden` scales.
 
         F of an expert (the experts share the factor), or the dense layer's hidden width.
         """

@@ -74,9 +74,11 @@ def nsa_attention(
     if implementation == "triton" or (implementation == "auto" and q_THD.is_cuda):
         reason = _why_not_triton(*call, first)
         if reason is None:
-            from kernels.nsa.triton_api import run
+            from kernels.nsa.triton_api import nsa_attention_triton
 
-            return run(*call, scale=scale, first=first, stats=stats)
+            return nsa_attention_triton(
+                *call, scale=scale, first=first, stats=stats, supported=True
+            )
         if implementation == "triton":
             raise ValueError(f"nsa_attention(implementation='triton') cannot run: {reason}")
         warnings.warn(

@@ -91,6 +91,7 @@ def nsa_attention_triton(
     scale: float | None = None,
     first: int = 0,
     stats: dict[str, Tensor] | None = None,
+    supported: bool = False,
 ) -> Tensor:
     """Native Sparse Attention by Triton kernels (arXiv 2502.11089, eq. 5 to 12), differentiable.
 
@@ -114,6 +115,7 @@ def nsa_attention_triton(
             the tokens in front get queries of zero, which cost as much as any other.
         stats: receives "selected_TGK", the pack-wide index of each selected block (-1: none) of
             these queries, and "selected_distance", see `selected_distance`.
+        supported: `supports` has taken this call already, and is not asked again.
 
     Returns:
         [T, H, DV] in q's dtype. Gradients are bitwise the same from run to run.
@@ -122,31 +124,9 @@ def nsa_attention_triton(
         ValueError: with the reason that `supports` gives.
     """
     call = (q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec)
-    reason = supports(*call, first)
+    reason = None if supported else supports(*call, first)
     if reason is not None:
         raise ValueError(f"the Triton kernels do not support this call: {reason}")
-    return run(*call, scale=scale, first=first, stats=stats)
-
-
-def run(
-    q_THD: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    phi_k: Phi | None,
-    phi_v: Phi | None,
-    gates_TH3: Tensor,
-    docs: Documents,
-    spec: NsaSpec,
-    *,
-    scale: float | None,
-    first: int,
-    stats: dict[str, Tensor] | None,
-) -> Tensor:
-    """`nsa_attention_triton` for a call that `supports` has taken."""
     if first:
         q_THD, gates_TH3 = (F.pad(x, (0, 0, 0, 0, first, 0)) for x in (q_THD, gates_TH3))
     layout = packed_layout(docs, spec)
