@@ -26,7 +26,7 @@ from launcher.ranks import free_port
 from launcher.redact import guard_output, redact
 from parallel.checkpoint import CheckpointError, CheckpointStore
 from tests.launcher.tiny import finish, tiny_config, tiny_corpus, tiny_onn
-from tests.parallel.test_checkpoint import ALONE, saved_alone
+from tests.parallel.checkpoints import ALONE, saved_alone
 from tiny_onn.exported import ExportError, load_exported
 
 CANARY = "canary-7f3a9c51d2"
