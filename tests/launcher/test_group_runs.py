@@ -15,6 +15,8 @@ from tests.launcher.tiny import finish, rows, tiny_config, tiny_corpus, tiny_onn
 # Two sequences in a pass: which ones depends on the number of ranks, and nothing else does.
 OPTIONS = ("--train.stats_every", "6")
 GROUP = ("--mesh.group", "2")
+# Of the last pass alone, in which other sequences are: they differ most in their Surprise.
+BOUNDS = {"moe/experts_per_token": 0.1, "moe/surprise": 0.3, "nsa/selected_distance": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,9 @@ def _assert_same(run: Path, apart: Path) -> None:
             assert a[key] == b[key]
         for key in ("loss", "grad_norm", "bits_per_byte"):
             assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
-        # Of the last pass alone, in which other sequences are.
-        for key in ("moe/experts_per_token", "moe/surprise", "nsa/selected_distance"):
-            if "stats" in a:
-                assert b["stats"][key] == pytest.approx(a["stats"][key], rel=0.3), key
+        if "stats" in a:
+            for key, bound in BOUNDS.items():
+                assert b["stats"][key] == pytest.approx(a["stats"][key], rel=bound), key
     for a, b in zip(*(_validations(r) for r in (apart, run)), strict=True):
         assert (a["step"], a["labels"], a["bytes"]) == (b["step"], b["labels"], b["bytes"])
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)

@@ -174,8 +174,10 @@ def test_poisoned_data_is_skipped_and_being_killed_while_going_back_changes_noth
     behind = [r for r in found if "behind" in r.get("event", {})]
     assert [r["step"] for r in rolled + behind] == [step + 1]
     assert [r["sample_cursor"] for r in found[step - 1 : step + 1]] == [8 * begin, 8 * (end + 1)]
-    # Noise alone has a loss of 6; what of it shares a step with text behind the window is let in.
-    assert all(r["loss"] < 4 for r in found[step - 1 :] if not r["skipped"])
+    # Noise alone has a loss of 6. One step may share its batch with the end of it, and is let in.
+    *clean, mixed = sorted(r["loss"] for r in found[step - 1 :] if not r["skipped"])
+    assert max(clean) < 3
+    assert mixed < 4
     assert list((whole / "tensorboard").iterdir())
 
     path = run_config(tmp_path / "killed", corpus)
