@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -22,8 +23,8 @@ from launcher.lifecycle import RunFolder
 OWN_WORD_SECONDS = 1.5
 """How much later than a rank's own watchdog the launcher speaks up."""
 
-STACKS_SECONDS = 1.0
-"""How long a process may take to write its stacks."""
+STACKS_SECONDS = 5.0
+"""How long a process may take to write its stacks: a busy machine lets it wait for its turn."""
 
 OTHER_NODES_SECONDS = 5.0
 """How long the report waits for what other nodes saw."""
@@ -88,7 +89,8 @@ class HangWatch:
 
     def _look(self) -> None:
         """Leave what is seen from outside: first the states, then the stacks of the speechless."""
-        words, asked = [], []
+        words: list[hang.Word] = []
+        asked: dict[int, set[Path]] = {}
         logs, attempt = self.folder.logs, self.folder.attempt
         for local, watched in enumerate(self.ranks):
             beat = self.board.read(local)
@@ -99,13 +101,17 @@ class HangWatch:
             words.append(word)
             spoke = hang.rank_path(logs, attempt, watched.rank).exists()
             if beat.listens and not spoke and watched.process.poll() is None:
+                asked[local] = _holding(watched.process.pid)
                 watched.process.send_signal(STACKS_SIGNAL)
-                asked.append(local)
                 if state == "T":
                     # It runs the handler before anything else.
                     watched.process.send_signal(signal.SIGCONT)
         deadline = time.monotonic() + STACKS_SECONDS
-        while not all(map(self.board.stacks, asked)) and time.monotonic() < deadline:
+        # The main thread's stack comes last, and it is the one that tells most.
+        while time.monotonic() < deadline and not all(
+            self.board.stacks(local) and _holding(self.ranks[local].process.pid) <= before
+            for local, before in asked.items()
+        ):
             time.sleep(0.02)
         for local, word in enumerate(words):
             word.stacks = self.board.stacks(local)
@@ -121,3 +127,21 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "Z"
+
+
+def _holding(pid: int) -> set[Path]:
+    """Return the threads of a process that have `STACKS_SIGNAL` waiting, or blocked.
+
+    The kernel blocks a signal in the thread that runs its handler, until that returns.
+    """
+    bit = 1 << (STACKS_SIGNAL - 1)
+    holding = set()
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        # A thread may end while one looks.
+        with suppress(OSError):
+            fields = dict(
+                line.split(":\t", 1) for line in (thread / "status").read_text().splitlines()
+            )
+            if any(int(fields[key], 16) & bit for key in ("SigPnd", "ShdPnd", "SigBlk")):
+                holding.add(thread)
+    return holding

@@ -109,11 +109,17 @@ def test_the_report_names_a_rank_that_sleeps_and_what_the_others_wait_for(
 def test_the_report_names_a_stopped_process_and_has_its_stacks(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    # The main thread's stack comes after those of all these threads.
     code = """
+import threading
+def deep(n):
+    deep(n - 1) if n else time.sleep(600)
 def stops():
     os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(600)
 if rank == 1:
+    for _ in range(80):
+        threading.Thread(target=deep, args=(90,), daemon=True).start()
     stops()
 dist.all_reduce(torch.ones(3))
 """
