@@ -269,8 +269,11 @@ class RunLock:
         self.say(f"{self.path.parent} was last used by {self._name(holder)}; is it still running?")
         before = self._mark()
         deadline = time.monotonic() + self.OBSERVE
-        while time.monotonic() < deadline:
+        over = False
+        while not over:
             time.sleep(0.5)
+            # Before the look: this process may be held up, and the lock be touched meanwhile.
+            over = time.monotonic() >= deadline
             if self._mark() != before:
                 return self.path.exists()
         return False

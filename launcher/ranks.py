@@ -407,6 +407,9 @@ def _until_ended(
 ) -> int:
     while True:
         codes = [r.process.poll() for r in ranks]
+        if any(codes):
+            # One that ended for a peer's sake may have been seen first: now the peer is, too.
+            codes = [r.process.poll() for r in ranks]
         for stream in streams:
             stream.copy()
         failed = [r for r, code in zip(ranks, codes, strict=True) if code]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import pytest
 
 from launcher.lifecycle import LaunchConfig, RunError, RunFolder
 from launcher.ranks import Rendezvous, free_port, launch, usable_cores, visible_gpus
+
+PATIENCE = 60.0
+"""Seconds for what takes a fraction of one: the machine may be busy. What sleeps sleeps longer."""
 
 LAUNCH = """
 import sys
@@ -66,7 +70,8 @@ def background(folder: RunFolder, code: str) -> subprocess.Popen[str]:
 
 
 def until_logged(folder: RunFolder, word: str, ranks: int = 2) -> None:
-    for _ in range(200):
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         logs = list(folder.logs.glob("*-rank*.log"))
         if sum(word in log.read_text() for log in logs) == ranks:
             return
@@ -78,9 +83,19 @@ def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-def gone(processes: list[psutil.Process], within: float = 5.0) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=within)
-    return all(p.status() == psutil.STATUS_ZOMBIE for p in alive)
+def ended(process: psutil.Process) -> bool:
+    # Whose parent has gone may stay a zombie: not every container has an init that takes it.
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    deadline = time.monotonic() + PATIENCE
+    while not (all_ended := all(map(ended, processes))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return all_ended
 
 
 def test_ranks_get_torchruns_environment_and_rank_0_is_shown(
@@ -121,22 +136,58 @@ def test_a_failing_rank_ends_the_others_at_once_and_is_named(
     )
     before = time.monotonic()
     assert launch(["-c", code], folder, LaunchConfig(processes=2)) == 1
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < PATIENCE
     text = capfd.readouterr().err
     assert "rank 1 failed with exit code 1; its log:" in text
     assert "| disk is full" in text
 
 
 def test_a_killed_rank_is_named_with_its_signal(
-    folder: RunFolder, capfd: pytest.CaptureFixture[str]
+    folder: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    # A pipe ends when its last writer does.
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
     code = (
-        "import os, time\n"
+        "import os, sys\n"
+        f"pipe = open({str(pipe)!r}, 'w' if os.environ['RANK'] == '1' else 'r')\n"
         "if os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\n"
-        "time.sleep(0.3); raise SystemExit('connection closed by peer')"
+        "pipe.read(); sys.exit('connection closed by peer')"
     )
     assert launch(["-c", code], folder, LaunchConfig(processes=2)) == 1
     assert "rank 1 was killed by SIGKILL" in capfd.readouterr().err
+
+
+def test_a_rank_that_is_killed_while_the_launcher_looks_at_the_others_is_the_one_named(
+    folder: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    pipe, looked = tmp_path / "pipe", tmp_path / "looked"
+    os.mkfifo(pipe)
+    code = (
+        "import os, sys, time\n"
+        f"pipe = open({str(pipe)!r}, 'w' if os.environ['RANK'] == '0' else 'r')\n"
+        "if os.environ['RANK'] == '0':\n"
+        f"    while not os.path.exists({str(looked)!r}): time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "pipe.read(); sys.exit('connection closed by peer')"
+    )
+    poll = subprocess.Popen.poll
+
+    def slowly(process: subprocess.Popen[bytes]) -> int | None:
+        """See that rank 0 lives, and be held up until both have ended."""
+        found = poll(process)
+        if not looked.exists():
+            ranks = [p for p in descendants(os.getpid()) if str(looked) in " ".join(p.cmdline())]
+            looked.touch()
+            assert len(ranks) == 2 and gone(ranks)
+        return found
+
+    monkeypatch.setattr(subprocess.Popen, "poll", slowly)
+    assert launch(["-c", code], folder, LaunchConfig(processes=2)) == 1
+    assert "rank 0 was killed by SIGKILL" in capfd.readouterr().err
 
 
 def test_a_hung_rank_is_called_hung(folder: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +204,7 @@ def test_a_signal_reaches_every_rank_and_they_end_well(
     with background(folder, STOPPABLE) as launcher:
         until_logged(folder, "ready")
         launcher.send_signal(number)
-        _, err = launcher.communicate(timeout=20)
+        _, err = launcher.communicate(timeout=PATIENCE)
     until_logged(folder, "saved")
     assert launcher.returncode == 0, err
     assert number.name in err
@@ -164,10 +215,12 @@ def test_a_second_interrupt_ends_at_once(folder: RunFolder) -> None:
     with background(folder, deaf) as launcher:
         until_logged(folder, "ready")
         launcher.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        # The kernel makes one of two that come before the first is handled.
+        assert launcher.stderr is not None
+        assert "Ctrl-C again ends it at once" in launcher.stderr.readline()
         assert launcher.poll() is None
         launcher.send_signal(signal.SIGINT)
-        launcher.communicate(timeout=10)
+        launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 130
 
 
@@ -175,9 +228,10 @@ def test_a_signal_before_training_is_no_failure(folder: RunFolder) -> None:
     with background(folder, SLEEPER) as launcher:
         until_logged(folder, "child")
         launcher.terminate()
-        _, err = launcher.communicate(timeout=10)
+        _, err = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 128 + signal.SIGTERM
-    assert "SIGTERM ended rank 0 before it could save" in err
+    # Whichever is seen to have ended first.
+    assert re.search(r"SIGTERM ended rank [01] before it could save", err)
 
 
 def test_a_killed_launcher_takes_its_ranks_along(folder: RunFolder) -> None:
@@ -195,7 +249,7 @@ def test_what_a_rank_started_ends_with_it(folder: RunFolder) -> None:
         family = descendants(launcher.pid)
         assert len(family) == 4
         os.kill(next(p.pid for p in family if "python" in p.name()), signal.SIGKILL)
-        launcher.communicate(timeout=10)
+        launcher.communicate(timeout=PATIENCE)
     assert gone(family)
 
 
