@@ -19,7 +19,13 @@ VARIABLE = "TINY_ONN_BEAT"
 """In a rank's environment: the two memory files' descriptors and the rank's slot, by commas."""
 
 STACKS_SIGNAL = signal.SIGUSR2
-SLOT = struct.Struct("<ddqqq64s")
+BEAT = struct.Struct("<ddqqq64s")
+SLOT_SIZE = 8 + 2 * BEAT.size
+"""Bytes of a rank's slot: which of two beats is the whole one (a byte, and padding), and the two.
+
+A beat is written field by field, by a process that may be held up or stopped between any two: it
+goes where nobody reads, and counts from the moment when that one byte says so.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,12 @@ class BeatBoard:
     def __init__(self, ranks: int, limit: float) -> None:
         """Make room for `ranks`; until a rank's first beat its silence may last `limit` seconds."""
         self._fd = os.memfd_create("beats", 0)
-        os.ftruncate(self._fd, ranks * SLOT.size)
-        self._memory = mmap.mmap(self._fd, ranks * SLOT.size)
+        os.ftruncate(self._fd, ranks * SLOT_SIZE)
+        self._memory = mmap.mmap(self._fd, ranks * SLOT_SIZE)
         self._stacks = [os.memfd_create(f"stacks{i}", 0) for i in range(ranks)]
         now = time.monotonic()
         for i in range(ranks):
-            SLOT.pack_into(self._memory, i * SLOT.size, now, limit, -1, 0, 0, b"start")
+            BEAT.pack_into(self._memory, i * SLOT_SIZE + 8, now, limit, -1, 0, 0, b"start")
 
     def descriptors(self, local: int) -> tuple[int, int]:
         """Return what the process of a rank has to inherit."""
@@ -76,7 +82,11 @@ class BeatBoard:
 
     def read(self, local: int) -> Beat:
         """Return what a rank said last."""
-        at, limit, step, paused, listens, doing = SLOT.unpack_from(self._memory, local * SLOT.size)
+        slot, count = local * SLOT_SIZE, -1
+        # Read while the one behind the next was begun, it may be of two beats.
+        while count != (count := self._memory[slot]):
+            place = slot + 8 + count % 2 * BEAT.size
+            at, limit, step, paused, listens, doing = BEAT.unpack_from(self._memory, place)
         text = doing.rstrip(b"\0").decode(errors="replace")
         return Beat(at, limit, step, bool(paused), bool(listens), text)
 
@@ -103,7 +113,7 @@ class Beater:
             return
         board, self._stacks_fd, local = map(int, value.split(","))
         self._memory = mmap.mmap(board, os.fstat(board).st_size)
-        self._offset = local * SLOT.size
+        self._slot = local * SLOT_SIZE
         # In C, without the interpreter lock, and in a process that has just been continued before
         # anything else runs in it.
         faulthandler.register(STACKS_SIGNAL, self._stacks_fd, all_threads=True)
@@ -113,4 +123,7 @@ class Beater:
         if self._memory is not None:
             at = time.monotonic()
             text = doing.encode()[:64]
-            SLOT.pack_into(self._memory, self._offset, at, limit, step, int(paused), 1, text)
+            count = self._memory[self._slot] + 1
+            place = self._slot + 8 + count % 2 * BEAT.size
+            BEAT.pack_into(self._memory, place, at, limit, step, int(paused), 1, text)
+            self._memory[self._slot] = count % 256

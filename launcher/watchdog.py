@@ -75,8 +75,9 @@ class Watchdog:
         try:
             yield
         finally:
-            self._paused -= 1
+            # In this order: the watchdog may look between the two.
             self._last = time.monotonic()
+            self._paused -= 1
             self._show()
 
     def close(self) -> None:
@@ -93,9 +94,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, (self._limit or 10.0) / 4)):
-            limit = self._limit
-            silent = time.monotonic() - self._last
-            if limit and not self._paused and silent > limit:
+            # In this order: the main thread may pause, go on or beat between any two.
+            limit, now = self._limit, time.monotonic()
+            paused = self._paused > 0
+            silent = now - self._last
+            if limit and not paused and silent > limit:
                 self._end(silent, limit)
             if limit:
                 # This thread needs the interpreter lock. A main thread that hangs while holding it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from launcher import hang_watch
-from launcher.beats import BeatBoard
+from launcher import beats, hang_watch
+from launcher.beats import BeatBoard, Beater
 from launcher.hang import Word, judge
 from launcher.lifecycle import LaunchConfig, RunFolder
 from launcher.ranks import launch
@@ -23,7 +25,7 @@ import torch
 import torch.distributed as dist
 from launcher import watchdog
 from launcher.lifecycle import LaunchConfig, RunFolder
-watchdog.PEERS_GRACE = 4.0
+watchdog.PEERS_GRACE = 6.0
 folder = RunFolder(Path(sys.argv[1]))
 rank = int(os.environ["RANK"])
 dog = watchdog.Watchdog(folder, LaunchConfig(step_timeout=3, first_step_timeout=120), rank).start()
@@ -191,6 +193,48 @@ def test_a_beat_reaches_the_launcher() -> None:
     assert 0 <= beat.silent < 30
     assert board.read(0).doing == "start"
     board.close()
+
+
+class Stopped(struct.Struct):
+    """Writes a part of a beat, as a process does that is stopped right then."""
+
+    def pack_into(self, buffer: Any, offset: int, *values: Any) -> None:
+        super().pack_into(buffer, offset, 0.0, *values[1:])
+        raise InterruptedError
+
+
+class Overtaken(struct.Struct):
+    """Is held up over the first read until two more beats have come."""
+
+    def __init__(self, layout: str, beater: Beater) -> None:
+        super().__init__(layout)
+        self.coming: list[int] = [13, 14]
+        self.beater = beater
+
+    def unpack_from(self, buffer: Any, offset: int = 0) -> tuple[Any, ...]:
+        _, *others = super().unpack_from(buffer, offset)
+        while self.coming:
+            self.beater.write(5.0, self.coming.pop(0), False, "step")
+        return super().unpack_from(buffer, offset)[0], *others
+
+
+def test_a_beat_is_read_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = beats.BEAT.format
+    board = BeatBoard(1, limit=30)
+    monkeypatch.setenv("TINY_ONN_BEAT", board.variable(0))
+    beater = Beater()
+    try:
+        beater.write(5.0, 11, True, "validation")
+        beater.write(5.0, 12, False, "step")
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(beats, "BEAT", Stopped(layout))
+            beater.write(5.0, 13, False, "step")
+        assert board.read(0).step == 12 and board.read(0).silent < 1000
+        monkeypatch.setattr(beats, "BEAT", Overtaken(layout, beater))
+        assert board.read(0).step == 14
+    finally:
+        faulthandler.unregister(beats.STACKS_SIGNAL)
+        board.close()
 
 
 def run_with(board: BeatBoard, local: int, code: str) -> None:
