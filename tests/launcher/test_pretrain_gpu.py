@@ -11,6 +11,7 @@ import torch
 from tests.launcher.tiny import (
     assert_same_run,
     finish,
+    held,
     kill_after,
     rows,
     tiny_config,
@@ -43,7 +44,7 @@ def test_killed_on_gpus_it_ends_as_if_nothing_had_happened(tmp_path: Path) -> No
     moments = sorted(random.sample(range(1, 12), 2))
     print(f"{processes} GPUs, killed after the lines of steps", moments)
     for moment in moments:
-        kill_after(tiny_onn("pretrain", killed, *words), run, moment)
+        kill_after(held("end", tmp_path / "never", "pretrain", killed, *words), run, moment)
     code, output = finish(tiny_onn("pretrain", killed, *words))
     assert code == 0, output
     assert_same_run(run, tmp_path / "whole" / "runs" / "tiny")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 from safetensors.torch import load_file
@@ -65,8 +65,17 @@ def tiny_config(folder: Path, corpus: Path) -> Path:
 
 def tiny_onn(*words: str | Path, **environment: str) -> subprocess.Popen[str]:
     """Start `python -m launcher WORDS` with its output in one pipe."""
+    return _start("launcher", *words, **environment)
+
+
+def held(step: int | Literal["end"], gate: Path, *words: str | Path) -> subprocess.Popen[str]:
+    """Start the same with ranks that wait behind a step, see `tests.launcher.held`."""
+    return _start("tests.launcher.held", str(step), gate, *words)
+
+
+def _start(module: str, *words: str | Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "launcher", *map(str, words)],
+        [sys.executable, "-m", module, *map(str, words)],
         cwd=REPOSITORY,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -93,12 +102,18 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def until_line(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Wait until a run has the line of a step."""
+    deadline = time.monotonic() + 400
+    while len(rows(run)) < step:
+        assert process.poll() is None, finish(process)[1]
+        assert time.monotonic() < deadline, f"no line of step {step} in {run}"
+        time.sleep(0.01)
+
+
 def kill_after(process: subprocess.Popen[str], run: Path, step: int) -> None:
     """Kill a run and all its processes with SIGKILL some moment after the line of a step."""
-    deadline = time.monotonic() + 240
-    while len(rows(run)) < step and time.monotonic() < deadline:
-        assert process.poll() is None, finish(process)[1]
-        time.sleep(0.01)
+    until_line(process, run, step)
     time.sleep(random.random() * 0.3)
     everyone = [process, *psutil.Process(process.pid).children(recursive=True)]
     random.shuffle(everyone)
