@@ -287,7 +287,11 @@ def _missing(store: Any, nodes: int) -> set[int]:
 
 def _wait_for(reached: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not reached() and time.monotonic() < deadline:
+    while True:
+        # Before the look: this process may be held up between the two.
+        over = time.monotonic() >= deadline
+        if reached() or over:
+            return
         time.sleep(0.1)
 
 

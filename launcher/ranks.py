@@ -18,9 +18,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -53,7 +53,7 @@ class Rendezvous:
         nodes: launchers in the job, one per node.
         node: index of this one.
         address: host of node 0, where rank 0 serves the store.
-        port: port of the store.
+        port: port of the store; 0 until `held` has one from the kernel.
         peers: host names of all nodes, in order; empty when not known.
     """
 
@@ -72,8 +72,8 @@ class Rendezvous:
         """
         text = environment.get("NNODES", "1")
         if text == "1":
-            # A port the kernel picks: two runs on one machine never meet.
-            return cls(1, 0, "127.0.0.1", free_port())
+            # A port the kernel picks (see `held`): two runs on one machine never meet.
+            return cls(1, 0, "127.0.0.1", 0)
         names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
         missing = [n for n in names if not environment.get(n)]
         if missing:
@@ -128,38 +128,38 @@ class Rendezvous:
             "interface; give the nodes names that resolve to their network addresses"
         )
 
-    def check_port(self) -> None:
-        """See that rank 0 will be able to serve its store.
+    @contextmanager
+    def held(self) -> Iterator[Rendezvous]:
+        """Keep the store's port for rank 0, which takes seconds to come, from all other programs.
+
+        A socket that does not listen keeps a port from those that let the kernel pick one and from
+        those that do not share. PyTorch's store shares (SO_REUSEADDR).
 
         Raises:
             PortTakenError: something else listens there; names it where that can be told.
         """
-        if self.nodes == 1 or self.node != 0:
+        if self.node != 0:
+            yield self
             return
         with socket.socket() as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                s.bind(("", self.port))
-                return
+                s.bind((self.address if self.nodes == 1 else "", self.port))
             except OSError as e:
-                error = e
+                raise self._taken(e) from None
+            yield replace(self, port=int(s.getsockname()[1]))
+
+    def _taken(self, error: OSError) -> PortTakenError:
         owner = ""
         with suppress(psutil.AccessDenied):
             for c in psutil.net_connections("tcp"):
                 if c.laddr and c.laddr.port == self.port and c.status == "LISTEN" and c.pid:
                     owner = f" by process {c.pid} ({psutil.Process(c.pid).name()})"
-        raise PortTakenError(
+        return PortTakenError(
             f"port {self.port} of {self.address} (MASTER_PORT), where the ranks are to meet, is "
             f"taken{owner} ({error.strerror}): set MASTER_PORT to a free one on all nodes, or end "
             "that process; a Slurm job looks for a free one at its next try"
         )
-
-
-def free_port() -> int:
-    """Return a TCP port of this machine that is free now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def visible_gpus() -> int:
@@ -299,8 +299,7 @@ def launch(arguments: Sequence[str], folder: RunFolder, cfg: LaunchConfig) -> in
     ranks: list[_Rank] = []
     try:
         with ExitStack() as stack:
-            place = Rendezvous.from_environment(os.environ)
-            place.check_port()
+            place = stack.enter_context(Rendezvous.from_environment(os.environ).held())
             # Of the nodes' launchers the first one holds the folder for all.
             lock = stack.enter_context(RunLock(folder)) if place.node == 0 else None
             board = stack.enter_context(closing(BeatBoard(processes, cfg.first_step_timeout)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 import socket
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from launcher import config, preflight
 from launcher.lifecycle import LaunchConfig, RunError
 from launcher.preflight import Report, check_folder, check_network
 from launcher.preflight_judge import find_faults
-from launcher.ranks import Rendezvous, free_port
+from launcher.ranks import Rendezvous
 from tests.launcher.tiny import CONFIG
 
 NAMES = ["a", "b", "c", "d"]
@@ -114,20 +115,19 @@ def test_the_first_node_is_blamed_when_no_other_reaches_it() -> None:
 
 def meet(nodes: int, absent: frozenset[int] = frozenset()) -> list[Report]:
     """Run the network check of several nodes as threads."""
-    port = free_port()
     address = socket.gethostbyname("localhost")
     found = [Report(node, NAMES[node], doing="") for node in range(nodes)]
 
     def one(node: int) -> None:
-        place = Rendezvous(nodes, node, address, port)
-        check_network(place, found[node], ["gloo"])
+        check_network(replace(place, node=node), found[node], ["gloo"])
 
     threads = [threading.Thread(target=one, args=(n,)) for n in range(nodes) if n not in absent]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+    with Rendezvous(nodes, 0, address, 0).held() as place:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+            assert not thread.is_alive()
     return found
 
 
@@ -143,12 +143,29 @@ def test_every_node_all_reduces_with_its_neighbours_and_with_all(nodes: int) -> 
 
 
 def test_a_node_that_does_not_come_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "PEERS_SECONDS", 1.5)
-    monkeypatch.setattr(preflight, "LINK_SECONDS", 1.0)
+    monkeypatch.setattr(preflight, "PEERS_SECONDS", 5.0)
     found = meet(3, absent=frozenset({2}))
     for report in found[:2]:
         assert report.peers == {0: "", 1: "", 2: "did not come to the network check"}
         assert report.links == {1 - report.node: ""}
+
+
+def test_what_comes_while_the_one_that_waits_is_held_up_has_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    come: list[bool] = []
+    moments = itertools.chain([0.0], itertools.repeat(99.0))
+
+    def held_up_before_it_returns() -> float:
+        now = next(moments)
+        if now:
+            come.append(True)
+        return now
+
+    monkeypatch.setattr("launcher.preflight.time.monotonic", held_up_before_it_returns)
+    looks: list[bool] = []
+    preflight._wait_for(lambda: bool(looks.append(bool(come)) or come), 10.0)
+    assert looks[-1]
 
 
 def test_a_folder_that_is_full_or_missing_is_a_problem(tmp_path: Path) -> None:
@@ -181,14 +198,16 @@ def test_two_gpus_all_reduce_over_nccl(tmp_path: Path) -> None:
 
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    port, spawn = free_port(), multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")
     paths = [tmp_path / f"{node}.json" for node in (0, 1)]
-    nodes = [spawn.Process(target=gpu_node, args=(n, port, str(paths[n]))) for n in (0, 1)]
-    for process in nodes:
-        process.start()
-    for process in nodes:
-        process.join(120)
-        assert process.exitcode == 0
+    with Rendezvous(2, 0, "127.0.0.1", 0).held() as place:
+        words = [(n, place.port, str(paths[n])) for n in (0, 1)]
+        nodes = [spawn.Process(target=gpu_node, args=w) for w in words]
+        for process in nodes:
+            process.start()
+        for process in nodes:
+            process.join(120)
+            assert process.exitcode == 0
     for path in paths:
         report = json.loads(path.read_text())
         assert set(report["links"].values()) == {""}

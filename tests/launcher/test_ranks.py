@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from launcher.lifecycle import LaunchConfig, RunError, RunFolder
-from launcher.ranks import Rendezvous, free_port, launch, usable_cores, visible_gpus
+from launcher.ranks import Rendezvous, launch, usable_cores, visible_gpus
 
 PATIENCE = 60.0
 """Seconds for what takes a fraction of one: the machine may be busy. What sleeps sleeps longer."""
@@ -279,6 +282,19 @@ def test_the_nodes_rendezvous_is_read_from_the_environment() -> None:
     assert place == Rendezvous(2, 1, "n1", 20001, ("n1", "n2"))
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_port_is_kept_for_rank_0_until_it_comes(nodes: int) -> None:
+    c10d: Any = dist
+    with Rendezvous(nodes, 0, "127.0.0.1", 0).held() as place:
+        for address in ("127.0.0.1", ""):
+            with socket.socket() as s, pytest.raises(OSError, match="in use"):
+                s.bind((address, place.port))
+        store = c10d.TCPStore("127.0.0.1", place.port, is_master=True, wait_for_workers=False)
+        store.set("here", "1")
+        assert c10d.TCPStore("127.0.0.1", place.port, is_master=False).get("here") == b"1"
+        assert place == Rendezvous(nodes, 0, "127.0.0.1", store.port)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -296,7 +312,7 @@ def test_several_nodes_never_fall_back_to_localhost(change: dict[str, str], mess
 
 
 def test_a_node_name_that_is_this_machines_loopback_is_refused() -> None:
-    place = Rendezvous(2, 1, "127.0.0.1", free_port(), ("localhost", "n2"))
+    place = Rendezvous(2, 1, "127.0.0.1", 20001, ("localhost", "n2"))
     with pytest.raises(RunError, match="reaches localhost only as 127"):
         place.interface()
 

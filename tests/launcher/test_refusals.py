@@ -12,8 +12,8 @@ from data.index import DataError, StoreAwayError
 from launcher import pretrain
 from launcher.config import ConfigError
 from launcher.lifecycle import RunFolder
-from launcher.ranks import free_port
 from tests.launcher.tiny import tiny_config
+from tests.ports import closed_port
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,6 @@ def test_a_store_that_is_away_at_the_start_may_be_tried_again_and_a_wrong_addres
     error: type[Exception],
     refused: bool,
 ) -> None:
-    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -37,7 +36,8 @@ def test_a_store_that_is_away_at_the_start_may_be_tried_again_and_a_wrong_addres
     words = ["--data.path", address, "--data.cache", str(tmp_path / "cache")]
     words += ["--data.patience", "0.3"]
     folder = RunFolder(pretrain.run_folder(path, words)).create()
-    with pytest.raises(error, match=f"cannot fetch {address}/index"):
+    with closed_port() as port, pytest.raises(error, match=f"cannot fetch {address}/index"):
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         pretrain.main([str(path), *words])
     assert folder.refused.exists() == refused
 

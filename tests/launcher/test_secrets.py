@@ -22,11 +22,11 @@ from data.stored import fetch
 from data.tokenizer import Tokenizer
 from launcher import __main__, config, worker
 from launcher.lifecycle import LaunchConfig, RunError
-from launcher.ranks import free_port
 from launcher.redact import guard_output, redact
 from parallel.checkpoint import CheckpointError, CheckpointStore
 from tests.launcher.tiny import finish, tiny_config, tiny_corpus, tiny_onn
 from tests.parallel.checkpoints import ALONE, saved_alone
+from tests.ports import closed_port
 from tiny_onn.exported import ExportError, load_exported
 
 CANARY = "canary-7f3a9c51d2"
@@ -198,12 +198,12 @@ def test_an_endpoint_with_credentials_does_not_reach_the_log_while_the_store_is_
     logged: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guard_output()
-    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://user:{CANARY}@127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(patient, "FIRST_PAUSE", 0.1)
-    with pytest.raises(StoreAwayError):
+    with closed_port() as port, pytest.raises(StoreAwayError):
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://user:{CANARY}@127.0.0.1:{port}")
         fetch("s3://bucket/index.json", tmp_path / "index.json", patience=0.3)
     assert "trying again" in logged.getvalue()
     assert "***@127.0.0.1" in logged.getvalue()
