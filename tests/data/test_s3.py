@@ -92,7 +92,11 @@ class Flaky:
             def log_message(self, format: str, *args: object) -> None:
                 return
 
-        self.handler, self.port = Handler, 0
+        # Bound all the time, it keeps the port while no server has it.
+        self.kept = socket.socket()
+        self.kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.kept.bind(("127.0.0.1", 0))
+        self.handler, self.port = Handler, int(self.kept.getsockname()[1])
         self.open()
         self.endpoint = f"http://127.0.0.1:{self.port}"
 
@@ -102,7 +106,6 @@ class Flaky:
             s.close()
         self.held = []
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), self.handler)
-        self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
@@ -129,6 +132,8 @@ def flaky(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
     monkeypatch.setattr(patient, "FIRST_PAUSE", 0.2)
     yield flaky
     flaky.close()
+    for s in (*flaky.held, flaky.kept):
+        s.close()
 
 
 @pytest.mark.parametrize("mode", ["errors", "away"])
@@ -158,8 +163,8 @@ def test_a_store_that_cannot_be_connected_to_for_a_while_costs_only_time(
     monkeypatch.setattr(patient, "CONNECT_TIMEOUT", 1.0)
     cut(flaky)
     back = threading.Timer(2.0, flaky.open)
-    back.start()
     start = time.monotonic()
+    back.start()
     fetch(f"s3://{BUCKET}/connect/index.json", tmp_path / "index.json", patience=30)
     assert (tmp_path / "index.json").read_bytes() == b"here"
     assert time.monotonic() - start > 2
@@ -323,6 +328,8 @@ def test_a_bad_object_is_named_when_it_is_fetched(
     with pytest.raises(DataError, match=reason):
         for _ in range(3):
             loader.next_step()
+    # Another thread may just be fetching another shard, which it then removes.
+    loader._samples._executor.shutdown(wait=True)
     assert not list((tmp_path / "cache").glob("*/train/run0/*.mds")), "a bad shard was kept"
     with pytest.raises(DataError, match=r"not found|is damaged"):
         verify(address, str(tmp_path / "cache"))
