@@ -3,7 +3,7 @@
 What `bench train` measures by whole runs, for the model, engine and tables only: random tokens, no
 loader, records or checkpoints. Starting takes seconds instead of most of a minute, so that settings
 can be compared beside each other on the same GPU, and their losses with them. One sequence is one
-document; ids are drawn like words, the first of the vocabulary most often.
+document; ids occur as often as words do (`word_law`).
 
 Times are of the host: `forward`, `backward` and `optimizer` say where it waited, `ms` is the median
 of whole steps, each of which ends with its gradient norm on the host; the peak of memory is that of
@@ -37,6 +37,7 @@ from launcher.components import accumulation, active_flops
 from launcher.config import RunConfig, load
 from launcher.flops import MFU_FORMULA, mfu
 from launcher.options import whole
+from launcher.word_law import frequencies
 from parallel.engine import Engine
 from parallel.group_exchange import GroupExchange
 from parallel.mesh import Mesh, init_mesh
@@ -87,14 +88,16 @@ class Subject:
             tables=[] if self.table is None else [self.table],
         )
         self.count = 0
+        self.cumulative_V = torch.from_numpy(frequencies(model.vocab_size).cumsum())
         self.next_ids = self._draw()
 
     def _draw(self) -> Tensor:
         """Ids of this rank's sequences in the next pass, int64 [micro_batch * seq_len]."""
         self.count += 1
         generator = torch.Generator().manual_seed(1000 * self.mesh.data_rank + self.count)
-        share = torch.rand(self.cfg.train.micro_batch * self.cfg.data.seq_len, generator=generator)
-        return (self.cfg.model.vocab_size * share.pow(3)).long()
+        tokens = self.cfg.train.micro_batch * self.cfg.data.seq_len
+        share_T = torch.rand(tokens, generator=generator, dtype=torch.float64)
+        return torch.searchsorted(self.cumulative_V, share_T).clamp_(max=len(self.cumulative_V) - 1)
 
     def step(self) -> tuple[float, float, dict[str, float]]:
         """Train one step; returns its loss, its seconds and the host's by part."""

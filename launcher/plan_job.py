@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
-import numpy as np
 import torch
 
 from launcher.components import accumulation, shape_of
 from launcher.config import RunConfig
 from launcher.flops import ParameterCounts, Shape, parameter_counts
+from launcher.word_law import expected_unique
 from parallel.group_exchange import shard_edges
 from parallel.table_layout import RowLayout
 
@@ -241,10 +241,5 @@ class Job:
 
     @cached_property
     def unique_ids(self) -> int:
-        """Expected distinct ids among t tokens whose frequencies fall as 1 / (rank + 2.7) (Zipf).
-
-        E[U] = sum over ids of 1 - (1 - p)^t.
-        """
-        p = 1.0 / (np.arange(self.shape.vocab) + 3.7)
-        p /= p.sum()
-        return round(float(-np.expm1(self.shard * np.log1p(-p)).sum()))
+        """Expected distinct ids among t tokens, by the law of `word_law`."""
+        return expected_unique(self.shape.vocab, self.shard)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Host time of the training step on a machine of two GPUs: settings beside each other, each part with
 # a limit, lines as they come, figures and traces in the folder given.
-#   bash tests/gpu_step.sh OUT [PART ...]     parts: dense two sparse pair sparse1b group long quiet
-#                                             attention test
+#   bash tests/gpu_step.sh OUT [PART ...]     parts: dense two sparse pair sparse1b group long alone
+#                                             quiet attention test
 set -u
 cd "$(dirname "$0")/.."
 out=$1
@@ -13,11 +13,15 @@ export PYTHONUNBUFFERED=1
 small="launcher/configs/125m.yaml --skip 3 --steps 6 --train.global_batch"
 large="launcher/configs/1b.yaml --skip 2 --steps 4 --model.activation_checkpointing none"
 
+# Two runs beside each other have half of the cores each: a step's launches suffer from strangers.
+cores=$(nproc)
+half=$((cores / 2))
 step() { # LIMIT GPUS NAME arguments of bench step
-    local limit=$1 gpus=$2 name=$3
+    local limit=$1 gpus=$2 name=$3 own=0-$((cores - 1))
     shift 3
+    case $gpus in 0) own=0-$((half - 1)) ;; 1) own=$half-$((cores - 1)) ;; esac
     echo "== $name (at $SECONDS s)"
-    CUDA_VISIBLE_DEVICES=$gpus timeout "$limit" "$python" -m launcher bench step "$@" \
+    CUDA_VISIBLE_DEVICES=$gpus timeout "$limit" taskset -c "$own" "$python" -m launcher bench step "$@" \
         --json "$out/$name.json" 2>"$out/$name.err" | tee "$out/$name.log" | cut -c1-260
     local rc=${PIPESTATUS[0]}
     [ "$rc" = 0 ] || { echo "$name: rc $rc after $SECONDS s"; tail -5 "$out/$name.err"; }
@@ -70,6 +74,13 @@ for part in "$@"; do
         step 90 0,1 long1b-128k $large --train.global_batch 1 --train.micro_batch 1 \
             --data.seq_len 131072 --mesh.group 2 --model.activation_checkpointing recompute \
             --model.ffn.experts 8 --variants 'no deepembed' --settings resident --gpus 2 ;;
+    alone) # what the table and the size of a pass cost, nothing else on the machine
+        # shellcheck disable=SC2086
+        step 120 0 alone125m $small 16 --train.micro_batch 4 --variants sparse 'no deepembed' \
+            --settings compiled --trace "$out/alone"
+        # shellcheck disable=SC2086
+        step 90 0 alone125m-16 $small 16 --train.micro_batch 16 --variants sparse 'no deepembed' \
+            --settings compiled ;;
     quiet) # compiled blocks, larger passes, attention of equal documents by cuDNN; one GPU
         # shellcheck disable=SC2086
         step 40 0 quiet1b $large --train.global_batch 4 --train.micro_batch 2 \

@@ -6,13 +6,12 @@ import warnings
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.documents import Documents
 from kernels.nsa.blocked import nsa_blocked
 from kernels.nsa.naive import forced_blocks, nsa_naive
-from kernels.nsa.spec import NsaSpec, Phi
+from kernels.nsa.spec import NsaCall, NsaSpec, Phi
 
 Implementation = Literal["auto", "naive", "blocked", "triton"]
 
@@ -39,19 +38,17 @@ def nsa_attention(
     """Native Sparse Attention over packed documents (arXiv 2502.11089), differentiable.
 
     Args:
-        q_THD: queries [T, H, D]; with `first` those of the tokens [first, T), and so are the gates
-            and the result.
-        k_cmp: keys of the compressed branch, one per token, not yet compressed, [T, G, D]; likewise
-            k_slc and k_win. Shared K/V is the same tensor three times.
-        v_cmp: values of the compressed branch, one per token, [T, G, E]; likewise v_slc and v_win.
+        q_THD: as all arguments up to `spec`, see `NsaCall`. The result has as many rows.
+        k_cmp: keys of the compressed branch.
+        v_cmp: values of the compressed branch.
         k_slc: keys of the selected branch.
         v_slc: values of the selected branch.
         k_win: keys of the window branch.
         v_win: values of the window branch.
-        phi_k: compression of k_cmp; None takes the mean of each block.
-        phi_v: compression of v_cmp; None takes the mean of each block.
-        gates_TH3: gates of compressed, selected, window after the sigmoid, [T, H, 3].
-        docs: document boundaries on q's device; every branch restarts at each document.
+        phi_k: compression of k_cmp.
+        phi_v: compression of v_cmp.
+        gates_TH3: gates of the branches.
+        docs: document boundaries.
         spec: block sizes and counts.
         scale: of the scores, applied in fp32; 1/sqrt(D) by default.
         first: token of the first query. "blocked" computes nothing for the tokens in front of it;
@@ -69,16 +66,16 @@ def nsa_attention(
         ValueError: shapes do not fit together, or "triton" does not support the call (with the
             reason).
     """
-    call = (q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec)
-    _check(*call, first)
+    call = NsaCall(
+        q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec
+    )
+    _check(call, first)
     if implementation == "triton" or (implementation == "auto" and q_THD.is_cuda):
-        reason = _why_not_triton(*call, first)
+        reason = _why_not_triton(call, first)
         if reason is None:
             from kernels.nsa.triton_api import nsa_attention_triton
 
-            return nsa_attention_triton(
-                *call, scale=scale, first=first, stats=stats, supported=True
-            )
+            return nsa_attention_triton(call, scale=scale, first=first, stats=stats, supported=True)
         if implementation == "triton":
             raise ValueError(f"nsa_attention(implementation='triton') cannot run: {reason}")
         warnings.warn(
@@ -86,10 +83,9 @@ def nsa_attention(
             stacklevel=2,
         )
     if implementation in {"auto", "blocked"}:
-        return nsa_blocked(*call, scale=scale, first=first, stats=stats)
+        return nsa_blocked(call, scale=scale, first=first, stats=stats)
     if implementation == "naive":
-        q, gates = (F.pad(x, (0, 0, 0, 0, first, 0)) for x in (q_THD, gates_TH3))
-        result = nsa_naive(q, *call[1:9], gates, docs, spec, scale=scale)
+        result = nsa_naive(call.with_queries_in_front(first), scale=scale)
         if stats is not None:
             stats["selected_distance"] = _naive_distance(result.selection, docs, spec, first)
         return result.out_THE[first:].to(q_THD.dtype)
@@ -98,21 +94,7 @@ def nsa_attention(
     )
 
 
-def _why_not_triton(
-    q_THD: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    phi_k: Phi | None,
-    phi_v: Phi | None,
-    gates_TH3: Tensor,
-    docs: Documents,
-    spec: NsaSpec,
-    first: int,
-) -> str | None:
+def _why_not_triton(call: NsaCall, first: int) -> str | None:
     # Imported late: a machine without a GPU need not have Triton.
     try:
         from kernels.nsa.triton_api import supports
@@ -120,47 +102,31 @@ def _why_not_triton(
         if error.name is None or error.name.split(".")[0] != "triton":
             raise
         return "the package triton is not installed"
-    return supports(
-        q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec, first
-    )
+    return supports(call, first)
 
 
-def _check(
-    q_THD: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    phi_k: Phi | None,
-    phi_v: Phi | None,
-    gates_TH3: Tensor,
-    docs: Documents,
-    spec: NsaSpec,
-    first: int,
-) -> None:
+def _check(call: NsaCall, first: int) -> None:
     """Refuse tensors that do not fit together; raises ValueError that names the argument."""
-    n, H, D = q_THD.shape
-    G, E = v_slc.shape[1:]
+    (n, H, D), docs, spec = call.q_THD.shape, call.docs, call.spec
+    G, E = call.v_slc.shape[1:]
     T = docs.total
     if n != T - first or not 0 <= first < docs.total:
         after = f" from token {first} on" if first else ""
         raise ValueError(f"q has {n} tokens{after}, the documents have {T} in all")
-    if docs.device != q_THD.device:
+    if docs.device != call.q_THD.device:
         raise ValueError(
-            f"documents are on {docs.device}, q on {q_THD.device}: use docs.to(device)"
+            f"documents are on {docs.device}, q on {call.q_THD.device}: use docs.to(device)"
         )
     if H % G:
         raise ValueError(f"{H} query heads cannot be shared evenly by {G} KV groups")
     for name, x, wanted in (
-        ("k_cmp", k_cmp, (T, G, D)), ("v_cmp", v_cmp, (T, G, E)), ("k_slc", k_slc, (T, G, D)),
-        ("v_slc", v_slc, (T, G, E)), ("k_win", k_win, (T, G, D)), ("v_win", v_win, (T, G, E)),
-        ("gates_TH3", gates_TH3, (n, H, 3)),
-    ):  # fmt: skip
+        *((name, getattr(call, name), (T, G, D)) for name in ("k_cmp", "k_slc", "k_win")),
+        *((name, getattr(call, name), (T, G, E)) for name in ("v_cmp", "v_slc", "v_win")),
+        ("gates_TH3", call.gates_TH3, (n, H, 3)),
+    ):
         if x.shape != wanted:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {wanted}")
-    for name, phi, width in (("phi_k", phi_k, D), ("phi_v", phi_v, E)):
+    for name, phi, width in (("phi_k", call.phi_k, D), ("phi_v", call.phi_v, E)):
         if phi is None:
             continue
         shapes = (tuple(phi.weight_lDD.shape), tuple(phi.position_lD.shape))

@@ -310,7 +310,7 @@ def time_case(
     """Time whole NSA, dense attention and others' NSA in turns, then every stage of ours, in ms."""
     from kernels.nsa.triton_api import nsa_attention_triton
 
-    pairs = {"nsa": _Pair(lambda: nsa_attention_triton(*case.arguments()), case.tensors)}  # type: ignore[arg-type]
+    pairs = {"nsa": _Pair(lambda: nsa_attention_triton(case.call()), case.tensors)}
     pairs |= {name: _dense(name, case) for name in dense}
     foreign = _foreign(case)
     if foreign is not None:

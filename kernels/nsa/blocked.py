@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.documents import Documents
 from kernels.nsa.compression import compress
 from kernels.nsa.plan import Plan, Tile, plan_for
 from kernels.nsa.selection import block_importance, block_indices, choose_blocks, sum_heads
-from kernels.nsa.spec import NsaSpec, Phi
+from kernels.nsa.spec import NsaCall
 from kernels.nsa.tile_attention import attend, attend_backward, scores
 
 
@@ -164,40 +163,29 @@ def _distance(plan: Plan, tile: Tile, chosen_GBJ: Tensor | None, groups: int) ->
 
 
 def nsa_blocked(
-    q_THD: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    phi_k: Phi | None,
-    phi_v: Phi | None,
-    gates_TH3: Tensor,
-    docs: Documents,
-    spec: NsaSpec,
+    call: NsaCall,
     *,
     scale: float | None = None,
     first: int = 0,
     stats: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Native Sparse Attention in tiles; arguments and result as in `api.nsa_attention`.
+    """Native Sparse Attention in tiles; result and options as in `api.nsa_attention`.
 
-    With `first`, queries, gates and result are those of the documents' tokens from `first` on.
     Scores, softmax and sums are fp32 (fp64 for fp64 inputs) whatever the input dtype.
     """
-    scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
-    plan = plan_for(docs, spec, q_THD.shape[1])
+    _, H, D = call.q_THD.shape
+    scale = D**-0.5 if scale is None else scale
+    plan = plan_for(call.docs, call.spec, H)
     distances: list[Tensor] | None = None if stats is None else []
     out: Tensor = _BlockedNsa.apply(  # type: ignore[no-untyped-call]
-        q_THD.contiguous(),
-        compress(k_cmp, phi_k, plan, keys=True),
-        compress(v_cmp, phi_v, plan),
-        k_slc,
-        v_slc,
-        k_win,
-        v_win,
-        gates_TH3.contiguous(),
+        call.q_THD.contiguous(),
+        compress(call.k_cmp, call.phi_k, plan, keys=True),
+        compress(call.v_cmp, call.phi_v, plan),
+        call.k_slc,
+        call.v_slc,
+        call.k_win,
+        call.v_win,
+        call.gates_TH3.contiguous(),
         plan,
         scale,
         first,
@@ -209,32 +197,26 @@ def nsa_blocked(
     return out
 
 
-def selected_blocks(
-    q_THD: Tensor,
-    k_cmp: Tensor,
-    phi_k: Phi | None,
-    docs: Documents,
-    spec: NsaSpec,
-    *,
-    scale: float | None = None,
-) -> Tensor:
-    """Choose as `nsa_blocked` does with these arguments: for those who judge the choice.
+def selected_blocks(call: NsaCall, *, scale: float | None = None) -> Tensor:
+    """Choose as `nsa_blocked` does: for those who judge the choice.
 
     Returns:
         int64 [T, G, K]: pack-wide index of each selected block, ascending, -1 where there is none.
     """
-    H, D = q_THD.shape[1:]
-    G = k_cmp.shape[1]
+    H, D = call.q_THD.shape[1:]
+    G = call.k_cmp.shape[1]
     scale = D**-0.5 if scale is None else scale
-    plan = plan_for(docs, spec, H)
+    plan = plan_for(call.docs, call.spec, H)
     with torch.no_grad():
-        k_NGD = compress(k_cmp, phi_k, plan, keys=True)
-        q_GRTD = _by_group(q_THD.contiguous(), G)
+        k_NGD = compress(call.k_cmp, call.phi_k, plan, keys=True)
+        q_GRTD = _by_group(call.q_THD.contiguous(), G)
         parts = []
         for tile in plan.tiles:
             if tile.scored:
                 chosen = _select(q_GRTD[:, :, tile.begin : tile.end], k_NGD, plan, tile, scale)
             else:
                 chosen = plan.blocks_of(tile)[0].expand(G, -1, -1)
-            parts.append(block_indices(chosen.transpose(0, 1), tile.block_begin, spec.selected))
+            parts.append(
+                block_indices(chosen.transpose(0, 1), tile.block_begin, call.spec.selected)
+            )
     return torch.cat(parts)

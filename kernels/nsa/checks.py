@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels.nsa.blocked import nsa_blocked, selected_blocks
 from kernels.nsa.naive import nsa_naive
 from kernels.nsa.selection import block_indices
-from kernels.nsa.spec import NsaSpec
+from kernels.nsa.spec import NsaCall, NsaSpec
 from kernels.nsa.triton_check import Case, compare, random_case
 
 Check = dict[str, Any]
@@ -113,22 +113,21 @@ def case_of(check: Check, device: str) -> Case:
     return random_case(**arguments, device=device)
 
 
-def blocked(q_THD: Tensor, *rest: Any, scale: float | None, stats: dict[str, Tensor]) -> Tensor:
+def blocked(call: NsaCall, *, scale: float | None, stats: dict[str, Tensor]) -> Tensor:
     """`nsa_blocked`, with its selection in `stats`."""
-    k_cmp, phi_k, docs, spec = rest[0], rest[6], rest[9], rest[10]
-    stats["selected_TGK"] = selected_blocks(q_THD, k_cmp, phi_k, docs, spec, scale=scale)
-    return nsa_blocked(q_THD, *rest, scale=scale)
+    stats["selected_TGK"] = selected_blocks(call, scale=scale)
+    return nsa_blocked(call, scale=scale)
 
 
-def naive(q_THD: Tensor, *rest: Any, scale: float | None, stats: dict[str, Tensor]) -> Tensor:
+def naive(call: NsaCall, *, scale: float | None, stats: dict[str, Tensor]) -> Tensor:
     """`nsa_naive`, with its selection in `stats`."""
-    result = nsa_naive(q_THD, *rest, scale=scale)
+    result = nsa_naive(call, scale=scale)
     parts, base = [], 0
     for chosen_nGJ in result.selection:
-        parts.append(block_indices(chosen_nGJ, base, rest[10].selected))
+        parts.append(block_indices(chosen_nGJ, base, call.spec.selected))
         base += chosen_nGJ.shape[2]
     stats["selected_TGK"] = torch.cat(parts)
-    return result.out_THE.to(q_THD.dtype)
+    return result.out_THE.to(call.q_THD.dtype)
 
 
 def implementation_of(check: Check, device: str) -> Callable[..., Tensor]:

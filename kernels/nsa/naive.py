@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.documents import Documents
-from kernels.nsa.spec import EMPTY_LSE, NsaSpec, Phi
+from kernels.nsa.spec import EMPTY_LSE, NsaCall, NsaSpec, Phi
 
 
 @dataclass(frozen=True)
@@ -165,18 +164,7 @@ def selection_gap(importance_nGJ: Tensor, chosen_nGJ: Tensor, spec: NsaSpec) -> 
 
 
 def nsa_naive(
-    q_THD: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    phi_k: Phi | None,
-    phi_v: Phi | None,
-    gates_TH3: Tensor,
-    docs: Documents,
-    spec: NsaSpec,
+    call: NsaCall,
     *,
     scale: float | None = None,
     selection: Sequence[Tensor] | None = None,
@@ -184,18 +172,7 @@ def nsa_naive(
     """Native Sparse Attention in fp64 (arXiv 2502.11089, eq. 5 to 12), differentiable by autograd.
 
     Args:
-        q_THD: queries [T, H, D], any floating dtype.
-        k_cmp: keys of the compressed branch, one per token, [T, G, D]; likewise k_slc and k_win.
-        v_cmp: values of the compressed branch, one per token, [T, G, E]; likewise v_slc and v_win.
-        k_slc: keys of the selected branch.
-        v_slc: values of the selected branch.
-        k_win: keys of the window branch.
-        v_win: values of the window branch.
-        phi_k: compression of k_cmp; None takes the mean.
-        phi_v: compression of v_cmp; None takes the mean.
-        gates_TH3: gates in 0 … 1 (after the sigmoid) of compressed, selected, window, [T, H, 3].
-        docs: document boundaries; every branch restarts at each document.
-        spec: the sizes.
+        call: tensors of any floating dtype; its queries are those of all tokens.
         scale: of the scores; 1/sqrt(D) by default.
         selection: per document booleans [n, G, J] to use instead of the own top-k, so that a kernel
             whose near ties fell differently can be compared to the last digit.
@@ -203,13 +180,14 @@ def nsa_naive(
     Returns:
         Outputs and intermediates, all fp64 on q's device.
     """
-    scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
-    T, H, D = q_THD.shape
-    G = k_cmp.shape[1]
-    q = q_THD.double().reshape(T, G, H // G, D)
-    kc, vc, ks, vs, kw, vw = (x.double() for x in (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win))
+    T, H, D = call.q_THD.shape
+    scale = D**-0.5 if scale is None else scale
+    docs, spec = call.docs, call.spec
+    G = call.k_cmp.shape[1]
+    q = call.q_THD.double().reshape(T, G, H // G, D)
+    kc, vc, ks, vs, kw, vw = (x.double() for x in call[1:7])
     phi_k, phi_v = (
-        p and Phi(p.weight_lDD.double(), p.position_lD.double()) for p in (phi_k, phi_v)
+        p and Phi(p.weight_lDD.double(), p.position_lD.double()) for p in (call.phi_k, call.phi_v)
     )
     branch_parts: tuple[list[Tensor], ...] = ([], [], [])
     lse_parts: tuple[list[Tensor], ...] = ([], [], [])
@@ -254,7 +232,7 @@ def nsa_naive(
         result["k_compressed"].append(k_NGD)
         result["v_compressed"].append(v_NGE)
     c, s_, w = (torch.cat(parts) for parts in branch_parts)
-    gate = gates_TH3.double().unsqueeze(-1)
+    gate = call.gates_TH3.double().unsqueeze(-1)
     out = gate[:, :, 0] * c + gate[:, :, 1] * s_ + gate[:, :, 2] * w
     lc, ls, lw = (torch.cat(parts) for parts in lse_parts)
     return NaiveNsa(out_THE=out, branches=(c, s_, w), lse=(lc, ls, lw), **result)

@@ -12,7 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.documents import Documents
 
 EMPTY_LSE = 0.0
 """Log-sum-exp of a query that sees nothing in a branch; its output there is 0. Finite, so that
@@ -100,3 +103,48 @@ class NsaSpec:
             sum(0 <= m - offset < per_block for m in range(strides))
             for offset in self.importance_offsets
         )
+
+
+class NsaCall(NamedTuple):
+    """Everything that one call of NSA computes from; every implementation takes it whole.
+
+    Attributes:
+        q_THD: queries [T, H, D]; of a call with `first`, those of the tokens [first, T) alone, and
+            so are the gates.
+        k_cmp: keys of the compressed branch, one per token, not yet compressed, [T, G, D]; likewise
+            k_slc and k_win. Shared K/V is the same tensor three times.
+        v_cmp: values of the compressed branch, one per token, [T, G, E]; likewise v_slc and v_win.
+        k_slc: keys of the selected branch.
+        v_slc: values of the selected branch.
+        k_win: keys of the window branch.
+        v_win: values of the window branch.
+        phi_k: compression of k_cmp; None takes the mean of each block.
+        phi_v: compression of v_cmp; None takes the mean of each block.
+        gates_TH3: gates of compressed, selected, window after the sigmoid, [T, H, 3].
+        docs: document boundaries on q's device; every branch restarts at each document.
+        spec: block sizes and counts.
+    """
+
+    q_THD: Tensor
+    k_cmp: Tensor
+    v_cmp: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    k_win: Tensor
+    v_win: Tensor
+    phi_k: Phi | None
+    phi_v: Phi | None
+    gates_TH3: Tensor
+    docs: Documents
+    spec: NsaSpec
+
+    def with_queries_in_front(self, first: int) -> NsaCall:
+        """Return the call with a query of zeros for each of `first` tokens in front of the others.
+
+        For kernels that know no queries that begin inside the pack; such a query costs as much as
+        any other.
+        """
+        if first == 0:
+            return self
+        q_THD, gates_TH3 = (F.pad(x, (0, 0, 0, 0, first, 0)) for x in (self.q_THD, self.gates_TH3))
+        return self._replace(q_THD=q_THD, gates_TH3=gates_TH3)

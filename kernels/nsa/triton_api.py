@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.documents import Documents
-from kernels.nsa.spec import NsaSpec, Phi
+from kernels.nsa.spec import NsaCall, NsaSpec
 from kernels.nsa.triton_config import INTERPRETED, kernel_configs
 from kernels.nsa.triton_layout import packed_layout
 from kernels.nsa.triton_ops import SPEC_FIELDS, list_tokens, nsa
@@ -18,37 +16,24 @@ def _is_pow2(n: int) -> bool:
 
 
 def supports(  # noqa: PLR0911  (each return is a reason)
-    q_THD: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    phi_k: Phi | None,
-    phi_v: Phi | None,
-    gates_TH3: Tensor,
-    docs: Documents,
-    spec: NsaSpec,
-    first: int = 0,
+    call: NsaCall, first: int = 0
 ) -> str | None:
     """Return None when the Triton kernels take these arguments, else the reason why not."""
+    q_THD, docs, spec = call.q_THD, call.docs, call.spec
     n, H, D = q_THD.shape
     T = first + n
-    G, DV = v_slc.shape[1:]
+    G, DV = call.v_slc.shape[1:]
     if not q_THD.is_cuda and not INTERPRETED:
         return f"tensors are on {q_THD.device}; Triton needs a CUDA device (or TRITON_INTERPRET=1)"
     if q_THD.is_cuda and torch.cuda.get_device_capability(q_THD.device)[0] != 9:
         name = torch.cuda.get_device_name(q_THD.device)
         return f"the kernels are written and checked for Hopper (sm_90) and this is an {name}"
     dtypes = (torch.float32,) if INTERPRETED else (torch.bfloat16, torch.float16)
-    for name, x in (
-        ("q", q_THD), ("k_cmp", k_cmp), ("v_cmp", v_cmp), ("k_slc", k_slc), ("v_slc", v_slc),
-        ("k_win", k_win), ("v_win", v_win),
-    ):  # fmt: skip
+    for field, x in zip(NsaCall._fields, call[:7], strict=False):
         if x.dtype not in dtypes or x.dtype != q_THD.dtype:
+            name = field.removesuffix("_THD")
             return f"{name} is {x.dtype}; all of q, k, v must share one of {dtypes}"
-    for name, k, v in (("cmp", k_cmp, v_cmp), ("slc", k_slc, v_slc), ("win", k_win, v_win)):
+    for name, k, v in zip(("cmp", "slc", "win"), call[1:7:2], call[2:7:2], strict=True):
         if k.shape != (T, G, D) or v.shape != (T, G, DV):
             return f"k_{name} {tuple(k.shape)} or v_{name} {tuple(v.shape)} differs from the others"
     if H % G or H // G not in {1, 2, 4, 8, 16}:
@@ -75,18 +60,7 @@ def supports(  # noqa: PLR0911  (each return is a reason)
 
 
 def nsa_attention_triton(
-    q_THD: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    phi_k: Phi | None,
-    phi_v: Phi | None,
-    gates_TH3: Tensor,
-    docs: Documents,
-    spec: NsaSpec,
+    call: NsaCall,
     *,
     scale: float | None = None,
     first: int = 0,
@@ -96,23 +70,9 @@ def nsa_attention_triton(
     """Native Sparse Attention by Triton kernels (arXiv 2502.11089, eq. 5 to 12), differentiable.
 
     Args:
-        q_THD: queries [T, H, D], bfloat16 or float16 on a CUDA device; with `first` those of the
-            tokens [first, T), and so are the gates and the result.
-        k_cmp: keys [T, G, D] of the compressed branch; likewise k_slc and k_win.
-        v_cmp: values [T, G, DV] of the compressed branch; likewise v_slc and v_win.
-        k_slc: keys of the selected branch.
-        v_slc: values of the selected branch.
-        k_win: keys of the window branch.
-        v_win: values of the window branch.
-        phi_k: compression of k_cmp; None takes the mean.
-        phi_v: compression of v_cmp; None takes the mean.
-        gates_TH3: gates (after the sigmoid, never negative) of compressed, selected, window,
-            [T, H, 3].
-        docs: document boundaries, on q's device.
-        spec: the sizes.
+        call: bfloat16 or float16 on a CUDA device; gates never negative.
         scale: of the scores; 1/sqrt(D) by default.
-        first: token of the first query. The kernels know no queries that begin inside the pack:
-            the tokens in front get queries of zero, which cost as much as any other.
+        first: token of the first query; those in front get queries of zero at full cost.
         stats: receives "selected_TGK", the pack-wide index of each selected block (-1: none) of
             these queries, and "selected_distance", see `selected_distance`.
         supported: `supports` has taken this call already, and is not asked again.
@@ -123,22 +83,17 @@ def nsa_attention_triton(
     Raises:
         ValueError: with the reason that `supports` gives.
     """
-    call = (q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, phi_k, phi_v, gates_TH3, docs, spec)
-    reason = None if supported else supports(*call, first)
+    reason = None if supported else supports(call, first)
     if reason is not None:
         raise ValueError(f"the Triton kernels do not support this call: {reason}")
-    if first:
-        q_THD, gates_TH3 = (F.pad(x, (0, 0, 0, 0, first, 0)) for x in (q_THD, gates_TH3))
-    layout = packed_layout(docs, spec)
-    scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
-    q, *kv = (
-        x if x.stride(-1) == 1 else x.contiguous()
-        for x in (q_THD, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
-    )
-    wk, pk = (None, None) if phi_k is None else phi_k
-    wv, pv = (None, None) if phi_v is None else phi_v
+    call, spec = call.with_queries_in_front(first), call.spec
+    layout = packed_layout(call.docs, spec)
+    scale = call.q_THD.shape[-1] ** -0.5 if scale is None else scale
+    q, *kv = (x if x.stride(-1) == 1 else x.contiguous() for x in call[:7])
+    wk, pk = (None, None) if call.phi_k is None else call.phi_k
+    wv, pv = (None, None) if call.phi_v is None else call.phi_v
     result = nsa(
-        q.contiguous(), *kv, wk, pk, wv, pv, gates_TH3.contiguous(),
+        q.contiguous(), *kv, wk, pk, wv, pv, call.gates_TH3.contiguous(),
         [layout.tokens, layout.window, layout.slots, layout.blocks],
         [layout.n_blocks, layout.n_slots, layout.longest_blocks, layout.extra_blocks],
         [getattr(spec, name) for name in SPEC_FIELDS], scale,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.documents import Documents
 from kernels.nsa.naive import block_importance, select_naive, selection_gap
-from kernels.nsa.spec import NsaSpec, Phi
+from kernels.nsa.spec import NsaCall, NsaSpec, Phi
 
 NAMES = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
 Layout = Literal["apart", "model", "shared"]
@@ -38,11 +38,12 @@ class Case:
         """Name of every tensor."""
         return (*NAMES, *MAP_NAMES)[: len(self.tensors)]
 
-    def arguments(self, tensors: Sequence[Tensor] | None = None) -> tuple[object, ...]:
-        """Positional arguments of `nsa_attention`, optionally with other tensors."""
+    def call(self, tensors: Sequence[Tensor] | None = None) -> NsaCall:
+        """The call of these tensors, or of others in their place."""
         x = self.tensors if tensors is None else tensors
-        maps = (Phi(*x[8:10]), Phi(*x[10:12])) if len(x) > 8 else (None, None)
-        return (*x[:7], *maps, x[7], self.docs, self.spec)
+        q, kc, vc, ks, vs, kw, vw, gates = x[:8]
+        phi_k, phi_v = (Phi(*x[8:10]), Phi(*x[10:12])) if len(x) > 8 else (None, None)
+        return NsaCall(q, kc, vc, ks, vs, kw, vw, phi_k, phi_v, gates, self.docs, self.spec)
 
 
 def random_case(
@@ -217,12 +218,12 @@ def compare(
 ) -> Report:
     """Run forward and backward of `run` and of both references; see `Report`.
 
-    `run` takes the arguments of `nsa_attention` and fills `stats["selected_TGK"]`. Raises
+    `run` is one of its implementations and fills `stats["selected_TGK"]`. Raises
     ValueError when its result has not the shape and dtype of one, or a query selected a block of
     another document.
     """
     stats: dict[str, Tensor] = {}
-    out = run(*case.arguments(), scale=scale, stats=stats)
+    out = run(case.call(), scale=scale, stats=stats)
     q, values = case.tensors[0], case.tensors[2]
     if out.shape != (*q.shape[:2], values.shape[2]) or out.dtype != q.dtype:
         raise ValueError(

@@ -9,7 +9,7 @@ the custom operators `tiny_onn::nsa_forward` and `tiny_onn::nsa_backward`; eager
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +29,48 @@ from kernels.nsa.triton_selected_grad import SelectedGrad
 SPEC_FIELDS = ("block", "stride", "select", "selected", "initial", "local", "window")
 
 
-def _unpack(
-    layout: list[Tensor], counts: list[int], sizes: list[int]
-) -> tuple[PackedLayout, NsaSpec]:
-    tokens, window, slots, blocks = layout
-    shape = PackedLayout(tokens, window, slots, blocks, *counts)
-    return shape, NsaSpec(**dict(zip(SPEC_FIELDS, sizes, strict=True)))
+class OpInputs(NamedTuple):
+    """What the operators take, flat as an operator must, in the order of `NsaCall`.
+
+    Attributes:
+        layout_tensors: the tensors of `PackedLayout`.
+        layout_counts: its counts.
+        sizes: the SPEC_FIELDS of `NsaSpec`.
+    """
+
+    q: Tensor
+    k_cmp: Tensor
+    v_cmp: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    k_win: Tensor
+    v_win: Tensor
+    phi_k_weight: Tensor | None
+    phi_k_position: Tensor | None
+    phi_v_weight: Tensor | None
+    phi_v_position: Tensor | None
+    gates: Tensor
+    layout_tensors: list[Tensor]
+    layout_counts: list[int]
+    sizes: list[int]
+    scale: float
+
+    def layout(self) -> PackedLayout:
+        """How the documents lie."""
+        tokens, window, slots, blocks = self.layout_tensors
+        return PackedLayout(tokens, window, slots, blocks, *self.layout_counts)
+
+    def spec(self) -> NsaSpec:
+        """The sizes, named."""
+        return NsaSpec(**dict(zip(SPEC_FIELDS, self.sizes, strict=True)))
+
+
+SCHEMA = (
+    "Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor k_slc, Tensor v_slc, Tensor k_win, Tensor v_win, "
+    "Tensor? phi_k_weight, Tensor? phi_k_position, Tensor? phi_v_weight, Tensor? phi_v_position, "
+    "Tensor gates, Tensor[] layout_tensors, int[] layout_counts, int[] sizes, float scale"
+)
+"""Of `OpInputs`, as torch.library writes it."""
 
 
 def list_tokens(T: int, H: int, spec: NsaSpec, configs: KernelConfigs) -> int:
@@ -42,30 +78,14 @@ def list_tokens(T: int, H: int, spec: NsaSpec, configs: KernelConfigs) -> int:
     return min(T, max(1, configs.partial_rows // (H * spec.selected) // 128) * 128)
 
 
-def run_forward(
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    phi_k_weight: Tensor | None,
-    phi_k_position: Tensor | None,
-    phi_v_weight: Tensor | None,
-    phi_v_position: Tensor | None,
-    gates: Tensor,
-    layout_tensors: list[Tensor],
-    layout_counts: list[int],
-    sizes: list[int],
-    scale: float,
-) -> list[Tensor]:
+def run_forward(*inputs: Any) -> list[Tensor]:
     """Return out, the branches' o, lse [2, H, T], lse [T, H], k and v compressed, selected, CSR."""
-    layout, spec = _unpack(layout_tensors, layout_counts, sizes)
+    x = OpInputs(*inputs)
+    q, layout, spec, scale = x.q, x.layout(), x.spec(), x.scale
     T, H, D = q.shape
     configs = kernel_configs(D)
-    kc = compress(k_cmp, phi_k_weight, phi_k_position, layout, spec)
-    vc = compress(v_cmp, phi_v_weight, phi_v_position, layout, spec)
+    kc = compress(x.k_cmp, x.phi_k_weight, x.phi_k_position, layout, spec)
+    vc = compress(x.v_cmp, x.phi_v_weight, x.phi_v_position, layout, spec)
     lse = torch.empty(2, H, T, dtype=torch.float32, device=q.device)
     compressed = interval_forward(
         q, kc, vc, layout.tokens[2], layout.tokens[3], lse[0], scale, configs.forward
@@ -74,41 +94,27 @@ def run_forward(
     selected, keys = select_blocks(q, kc, lse[0], layout, spec, scale, chunk, configs)
     lists = block_lists(keys, layout.n_blocks, chunk)
     out, slc, window, lse_slc = finish_forward(
-        q, (k_slc, v_slc), (k_win, v_win), gates, compressed, selected, lists, lse[1], layout,
-        spec, scale, configs,
+        q, (x.k_slc, x.v_slc), (x.k_win, x.v_win), x.gates, compressed, selected, lists, lse[1],
+        layout, spec, scale, configs,
     )  # fmt: skip
     return [
         out, compressed, slc, window, lse, lse_slc, kc, vc, selected, lists.order, lists.bounds
     ]  # fmt: skip
 
 
-nsa_forward = torch.library.custom_op("tiny_onn::nsa_forward", run_forward, mutates_args=())
+nsa_forward = torch.library.custom_op(
+    "tiny_onn::nsa_forward", run_forward, mutates_args=(), schema=f"({SCHEMA}) -> Tensor[]"
+)
 
 
 @nsa_forward.register_fake
-def _(
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    phi_k_weight: Tensor | None,
-    phi_k_position: Tensor | None,
-    phi_v_weight: Tensor | None,
-    phi_v_position: Tensor | None,
-    gates: Tensor,
-    layout_tensors: list[Tensor],
-    layout_counts: list[int],
-    sizes: list[int],
-    scale: float,
-) -> list[Tensor]:
+def _(*inputs: Any) -> list[Tensor]:
+    x = OpInputs(*inputs)
+    q, spec = x.q, x.spec()
     T, H, D = q.shape
-    G, DV = v_slc.shape[1:]
-    spec = NsaSpec(**dict(zip(SPEC_FIELDS, sizes, strict=True)))
+    G, DV = x.v_slc.shape[1:]
     chunk = list_tokens(T, H, spec, kernel_configs(D))
-    n_blocks, n_slots = layout_counts[:2]
+    n_blocks, n_slots = x.layout_counts[:2]
     lists = -(-T // chunk) * G * n_blocks
     f32, i32 = torch.float32, torch.int32
     o = [q.new_empty(T, H, DV) for _ in range(4)]
@@ -116,36 +122,18 @@ def _(
         *o,
         q.new_empty(2, H, T, dtype=f32),
         q.new_empty(T, H, dtype=f32),
-        k_cmp.new_empty(n_slots, G, D),
-        v_cmp.new_empty(n_slots, G, DV),
+        x.k_cmp.new_empty(n_slots, G, D),
+        x.v_cmp.new_empty(n_slots, G, DV),
         q.new_empty(T, G, spec.selected, dtype=i32),
         q.new_empty(T * G * spec.selected, dtype=i32),
         q.new_empty(lists + 1, dtype=i32),
     ]
 
 
-def run_backward(
-    do: Tensor,
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    phi_k_weight: Tensor | None,
-    phi_k_position: Tensor | None,
-    phi_v_weight: Tensor | None,
-    phi_v_position: Tensor | None,
-    gates: Tensor,
-    saved: list[Tensor],
-    layout_tensors: list[Tensor],
-    layout_counts: list[int],
-    sizes: list[int],
-    scale: float,
-) -> list[Tensor]:
+def run_backward(do: Tensor, saved: list[Tensor], *inputs: Any) -> list[Tensor]:
     """Return gradients of q, the six k and v, the gates, then of the φ that were given."""
-    layout, spec = _unpack(layout_tensors, layout_counts, sizes)
+    x = OpInputs(*inputs)
+    q, layout, spec, scale = x.q, x.layout(), x.spec(), x.scale
     T, H, D = q.shape
     configs = kernel_configs(D)
     compressed, slc, window, lse, lse_slc, kc, vc, selected, order, bounds = saved
@@ -153,64 +141,51 @@ def run_backward(
     lists = BlockLists(order, bounds, chunk, -(-T // chunk))
     do = do.contiguous()
     delta, folded, delta_slc, folded_slc, dgates = branch_deltas(
-        do, compressed, slc, window, gates, lse, lse_slc, configs
+        do, compressed, slc, window, x.gates, lse, lse_slc, configs
     )
     dq = torch.empty_like(q)
     token, seen = layout.tokens, layout.window
     slc_grad = SelectedGrad(
-        q, k_slc, v_slc, do, folded_slc, delta_slc, lists, layout, spec, scale, configs
+        q, x.k_slc, x.v_slc, do, folded_slc, delta_slc, lists, layout, spec, scale, configs
     )
     for c in range(lists.n_chunks):
         slc_grad.chunk(c)
         interval_grad_q(
             dq, q, do, slc_grad.partials, selected, token[0], spec.select,
             (c * chunk, min(T, (c + 1) * chunk)), (kc, vc, token[2], token[3]),
-            (k_win, v_win, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
+            (x.k_win, x.v_win, seen[0], seen[1]), folded, delta, scale, configs.grad_q,
         )  # fmt: skip
     dk_slc, dv_slc = slc_grad.keys_and_values()
     dk_win, dv_win = interval_grad_kv(
-        q, k_win, v_win, do, folded[1], delta[1], seen[2], seen[3], scale,
+        q, x.k_win, x.v_win, do, folded[1], delta[1], seen[2], seen[3], scale,
         configs.window_grad_kv, splits=1,
     )  # fmt: skip
     dkc, dvc = interval_grad_kv(
         q, kc, vc, do, folded[0], delta[0], layout.slots[2], layout.slots[3], scale,
-        configs.grad_kv, splits=H // k_slc.shape[1],
+        configs.grad_kv, splits=H // x.k_slc.shape[1],
     )  # fmt: skip
     dk_cmp, *dphi_k = compress_backward(
-        dkc, k_cmp, phi_k_weight, phi_k_position, layout, spec, keys=True
+        dkc, x.k_cmp, x.phi_k_weight, x.phi_k_position, layout, spec, keys=True
     )
-    dv_cmp, *dphi_v = compress_backward(dvc, v_cmp, phi_v_weight, phi_v_position, layout, spec)
+    dv_cmp, *dphi_v = compress_backward(
+        dvc, x.v_cmp, x.phi_v_weight, x.phi_v_position, layout, spec
+    )
     maps = [g for g in (*dphi_k, *dphi_v) if g is not None]
     return [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates, *maps]
 
 
-nsa_backward = torch.library.custom_op("tiny_onn::nsa_backward", run_backward, mutates_args=())
+nsa_backward = torch.library.custom_op(
+    "tiny_onn::nsa_backward",
+    run_backward,
+    mutates_args=(),
+    schema=f"(Tensor do, Tensor[] saved, {SCHEMA}) -> Tensor[]",
+)
 
 
 @nsa_backward.register_fake
-def _(
-    do: Tensor,
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    phi_k_weight: Tensor | None,
-    phi_k_position: Tensor | None,
-    phi_v_weight: Tensor | None,
-    phi_v_position: Tensor | None,
-    gates: Tensor,
-    saved: list[Tensor],
-    layout_tensors: list[Tensor],
-    layout_counts: list[int],
-    sizes: list[int],
-    scale: float,
-) -> list[Tensor]:
-    given = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-    maps = (phi_k_weight, phi_k_position, phi_v_weight, phi_v_position)
-    return [x.new_empty(x.shape) for x in (*given, *maps) if x is not None]
+def _(do: Tensor, saved: list[Tensor], *inputs: Any) -> list[Tensor]:
+    given = (*inputs[:7], inputs[11], *inputs[7:11])
+    return [x.new_empty(x.shape) for x in given if x is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -231,7 +206,7 @@ def _backward_of(
     inputs = everything[:12]
     saved = list(everything[12 : 12 + ctx.n_saved])
     layout_tensors = list(everything[12 + ctx.n_saved :])
-    result = backward(do, *inputs, saved, layout_tensors, ctx.counts, ctx.sizes, ctx.scale)
+    result = backward(do, saved, *inputs, layout_tensors, ctx.counts, ctx.sizes, ctx.scale)
     maps = iter(result[8:])
     dphi = [None if p is None else next(maps) for p in inputs[7:11]]
     return (*result[:7], *dphi, result[7])

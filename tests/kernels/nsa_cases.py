@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.documents import Documents
 from kernels.nsa.naive import NaiveNsa, nsa_naive
-from kernels.nsa.spec import NsaSpec, Phi
+from kernels.nsa.spec import NsaCall, NsaSpec, Phi
 
 LENGTHS = (1, 15, 31, 32, 33, 63, 64, 65, 127, 1000)
 NAMES = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
@@ -26,17 +26,17 @@ class Case:
     spec: NsaSpec
 
     @property
-    def call(self) -> tuple:
+    def call(self) -> NsaCall:
         q, kc, vc, ks, vs, kw, vw, gates, *phi = self.tensors
         maps = (Phi(*phi[:2]), Phi(*phi[2:])) if phi else (None, None)
-        return (q, kc, vc, ks, vs, kw, vw, *maps, gates, self.docs, self.spec)
+        return NsaCall(q, kc, vc, ks, vs, kw, vw, *maps, gates, self.docs, self.spec)
 
     @property
     def names(self) -> tuple[str, ...]:
         return (NAMES + PHI_NAMES)[: len(self.tensors)]
 
     def oracle(self) -> NaiveNsa:
-        return nsa_naive(*self.call)
+        return nsa_naive(self.call)
 
     def to(self, device: str) -> Case:
         tensors = [x.detach().to(device).requires_grad_() for x in self.tensors]
@@ -72,7 +72,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 def compare(case: Case, run: Callable[..., Tensor], tolerance: float) -> None:
     """Forward and every gradient of `run` against the oracle."""
     wanted = case.oracle().out_THE
-    found = run(*case.call)
+    found = run(case.call)
     assert found.dtype == case.tensors[0].dtype
     assert found.shape == wanted.shape
     assert torch.isfinite(found).all()

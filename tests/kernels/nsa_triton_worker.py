@@ -42,7 +42,7 @@ def repeats() -> list[str]:
     case = random_case([3, 36], 1, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
     results = []
     for _ in range(2):
-        out = nsa_attention_triton(*case.arguments())  # type: ignore[arg-type]
+        out = nsa_attention_triton(case.call())
         results.append([out, *torch.autograd.grad(out, case.tensors, torch.ones_like(out))])
     names = ("out", *case.names)
     return [n for n, a, b in zip(names, *results, strict=True) if not torch.equal(a, b)]
@@ -53,8 +53,8 @@ def strided() -> list[str]:
     case = random_case([30], 2, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
     wide = [torch.nn.functional.pad(x.detach(), (3, 5)).requires_grad_() for x in case.tensors[:7]]
     views = [w[..., 3 : 3 + x.shape[-1]] for w, x in zip(wide, case.tensors, strict=False)]
-    plain = nsa_attention_triton(*case.arguments())  # type: ignore[arg-type]
-    sliced = nsa_attention_triton(*case.arguments([*views, *case.tensors[7:]]))  # type: ignore[arg-type]
+    plain = nsa_attention_triton(case.call())
+    sliced = nsa_attention_triton(case.call([*views, *case.tensors[7:]]))
     do = torch.ones_like(plain)
     expected = torch.autograd.grad(plain, case.tensors[:7], do)
     got = torch.autograd.grad(sliced, wide, do)
@@ -93,7 +93,7 @@ def compiled() -> list[str]:
     case = random_case([3, 20], 1, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
 
     def call(q: torch.Tensor) -> torch.Tensor:
-        rest = case.arguments()[1:]
+        rest = case.call()[1:]
         return nsa_attention(q * 1.0, *rest, implementation="triton") * 2.0  # type: ignore[arg-type]
 
     results = []
@@ -115,15 +115,12 @@ def fakes(tokens: int, chunks: int, **kwargs: Any) -> list[str]:
     real = arguments_of(case)
     with torch.no_grad():
         result = nsa_forward(*real)
-        saved, inputs = result[1:], real[:12]
-        grads = nsa_backward(torch.ones_like(result[0]), *inputs, saved, *real[12:])
+        grads = nsa_backward(torch.ones_like(result[0]), result[1:], *real)
     found_chunks = (result[10].numel() - 1) // packed_layout(case.docs, SMALL).n_blocks
     with FakeTensorMode() as mode, torch.no_grad():
         fake = tree_map_only(torch.Tensor, mode.from_tensor, real)
         promised = nsa_forward(*fake)
-        fake_grads = nsa_backward(
-            torch.empty_like(promised[0]), *fake[:12], promised[1:], *fake[12:]
-        )
+        fake_grads = nsa_backward(torch.empty_like(promised[0]), promised[1:], *fake)
     bad = [] if found_chunks == chunks else [f"{found_chunks} chunks of tokens"]
     for name, found, wanted in (
         ("forward", described(promised), described(result)),
@@ -137,13 +134,13 @@ def fakes(tokens: int, chunks: int, **kwargs: Any) -> list[str]:
 def decoding() -> list[str]:
     """Decode token by token and compare with every row of the kernels' forward."""
     case = random_case([75], 2, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
-    q, *kv, phi_k, phi_v, gates, _, _ = case.arguments()
+    q, *kv, phi_k, phi_v, gates, _, _ = case.call()
     cache, rows = NsaCache(SMALL), []
     for t in range(75):
         own = [x[t : t + 1] for x in (q, *kv, gates)]  # type: ignore[index]
         rows.append(nsa_decode(*own[:7], phi_k, phi_v, own[7], cache))  # type: ignore[arg-type]
     with torch.no_grad():
-        whole = nsa_attention_triton(*case.arguments())  # type: ignore[arg-type]
+        whole = nsa_attention_triton(case.call())
     worst = (torch.cat(rows) - whole).norm(dim=(1, 2)) / whole.norm(dim=(1, 2))
     return [f"token {t}: {worst[t]:.1e}" for t in (worst >= 1e-5).nonzero().flatten().tolist()]
 
@@ -158,7 +155,7 @@ def later_queries() -> list[str]:
     for implementation in ("triton", "blocked"):
         stats: dict[str, torch.Tensor] = {}
         out = nsa_attention(
-            *case.arguments(tensors), first=first, implementation=implementation, stats=stats
+            *case.call(tensors), first=first, implementation=implementation, stats=stats
         )  # type: ignore[call-overload]
         results.append([out, *torch.autograd.grad(out, tensors, torch.ones_like(out))])
         distances.append(stats["selected_distance"])
@@ -177,7 +174,7 @@ def asked_once() -> list[str]:
     case = random_case([20], 1, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
     counted = Mock(wraps=triton_api.supports)
     with patch.object(triton_api, "supports", counted):
-        nsa_attention(*case.arguments(), implementation="triton")  # type: ignore[arg-type]
+        nsa_attention(*case.call(), implementation="triton")  # type: ignore[arg-type]
     return [] if counted.call_count == 1 else [f"asked {counted.call_count} times"]
 
 

@@ -12,7 +12,7 @@ from kernels.nsa import NsaSpec, nsa_attention
 from kernels.nsa.blocked import nsa_blocked
 from kernels.nsa.naive import block_importance, compress_naive, nsa_naive, selection_gap
 from kernels.nsa.plan import CPU_TILE, cut
-from kernels.nsa.spec import EMPTY_LSE, Phi
+from kernels.nsa.spec import EMPTY_LSE, NsaCall, Phi
 from tests.kernels.nsa_cases import LENGTHS, Case, compare, random_case, relative
 
 SPEC = NsaSpec(selected=4, window=128)
@@ -131,8 +131,8 @@ def test_blocked_equals_the_oracle_with_shared_keys_and_values():
     q, k, v, gates, *phi = (case.tensors[i] for i in (0, 1, 2, 7, 8, 9, 10, 11))
     maps = (Phi(*phi[:2]), Phi(*phi[2:]))
     leaves = [q, k, v, gates, *phi]
-    call = (q, k, v, k, v, k, v, *maps, gates, case.docs, case.spec)
-    found, wanted = nsa_blocked(*call), nsa_naive(*call).out_THE
+    call = NsaCall(q, k, v, k, v, k, v, *maps, gates, case.docs, case.spec)
+    found, wanted = nsa_blocked(call), nsa_naive(call).out_THE
     assert relative(found, wanted) < 2e-6
     upstream = torch.randn_like(found)
     for f, w in zip(
@@ -145,8 +145,8 @@ def test_blocked_equals_the_oracle_with_shared_keys_and_values():
 
 def test_blocked_takes_a_scale_of_its_own():
     case = random_case([100], SPEC)
-    found = nsa_blocked(*case.call, scale=0.7)
-    assert relative(found, nsa_naive(*case.call, scale=0.7).out_THE) < 2e-6
+    found = nsa_blocked(case.call, scale=0.7)
+    assert relative(found, nsa_naive(case.call, scale=0.7).out_THE) < 2e-6
 
 
 def test_blocked_in_bf16_is_as_good_as_its_inputs():
@@ -161,7 +161,7 @@ def test_gradients_equal_finite_differences(lengths, learned):
     case = random_case(lengths, SMALL, H=2, G=1, D=4, E=4, learned=learned, dtype=torch.float64)
 
     def run(*tensors):
-        return nsa_blocked(*Case(list(tensors), case.docs, case.spec).call)
+        return nsa_blocked(Case(list(tensors), case.docs, case.spec).call)
 
     assert torch.autograd.gradcheck(run, case.tensors, fast_mode=True, eps=1e-6, atol=1e-6)
 
@@ -186,7 +186,7 @@ def test_logits_of_ten_thousand_give_no_nan(sign):
         case.tensors[0][::3] *= -1
         for i in (3, 5):
             case.tensors[i][::2] *= -1
-    found = nsa_blocked(*case.call)
+    found = nsa_blocked(case.call)
     wanted = case.oracle()
     assert wanted.lse[1].abs().max() > 9e3
     assert relative(found, wanted.out_THE) < 2e-6
@@ -197,18 +197,18 @@ def test_logits_of_ten_thousand_give_no_nan(sign):
 @pytest.mark.parametrize("at", [1, 40, 64, 127, 128, 200, 449])
 def test_changing_the_future_leaves_the_past_bitwise_alone(at):
     case = random_case([450], SPEC)
-    before = nsa_blocked(*case.call)
+    before = nsa_blocked(case.call)
     with torch.no_grad():
         for x in case.tensors[:8]:
             x[at:] = x[at:].flip(0) * -1.5 + 0.25
-    after = nsa_blocked(*case.call)
+    after = nsa_blocked(case.call)
     assert torch.equal(before[:at], after[:at])
     assert not torch.equal(before[at:], after[at:])
 
 
 def test_gradients_do_not_flow_from_the_past_to_the_future():
     case = random_case([450], SPEC)
-    out = nsa_blocked(*case.call)
+    out = nsa_blocked(case.call)
     for name, grad in zip(
         case.names[:8], torch.autograd.grad(out[:200].sum(), case.tensors[:8]), strict=True
     ):
@@ -218,12 +218,12 @@ def test_gradients_do_not_flow_from_the_past_to_the_future():
 
 def test_changing_another_document_changes_nothing():
     case = random_case([70, 300, 20, 30, 40], SPEC)
-    before = nsa_blocked(*case.call)
+    before = nsa_blocked(case.call)
     with torch.no_grad():
         for x in case.tensors[:8]:
             x[70:370] = x[70:370] * -2.0
             x[390:420] += 1.0
-    after = nsa_blocked(*case.call)
+    after = nsa_blocked(case.call)
     for same in (slice(0, 70), slice(370, 390), slice(420, 460)):
         assert torch.equal(before[same], after[same])
     assert not torch.equal(before[70:370], after[70:370])
@@ -236,7 +236,7 @@ def test_two_runs_are_bitwise_equal_and_so_are_their_gradients():
     for _ in range(2):
         # A new layout each time: nothing may depend on what was cached.
         again = Case(case.tensors, Documents(case.docs.lengths), case.spec)
-        out = nsa_blocked(*again.call)
+        out = nsa_blocked(again.call)
         runs.append([out, *torch.autograd.grad(out, case.tensors, upstream)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -331,7 +331,7 @@ def test_position_term_of_the_keys_changes_nothing_and_its_gradient_is_exactly_z
     moved = list(case.tensors)
     moved[position] = torch.randn_like(moved[position])
     torch.testing.assert_close(Case(moved, case.docs, SPEC).oracle().out_THE, wanted)
-    own = nsa_blocked(*case.call)
+    own = nsa_blocked(case.call)
     (gradient,) = torch.autograd.grad(own, case.tensors[position], torch.randn_like(own))
     assert torch.count_nonzero(gradient) == 0
 
@@ -346,6 +346,6 @@ def test_blocked_on_a_gpu_equals_the_oracle_and_itself(dtype, tolerance, widths)
     compare(case, nsa_blocked, tolerance)
     runs = []
     for _ in range(2):
-        out = nsa_blocked(*case.call)
+        out = nsa_blocked(case.call)
         runs.append([out, *torch.autograd.grad(out, case.tensors, torch.ones_like(out))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -17,7 +17,7 @@ from kernels.nsa.bench import main
 from kernels.nsa.checks import CPU_CHECKS, SHORT, blocked, case_of, check_apart, check_one, naive
 from kernels.nsa.naive import nsa_naive, select_naive
 from kernels.nsa.selection import block_indices
-from kernels.nsa.spec import NsaSpec
+from kernels.nsa.spec import NsaCall, NsaSpec
 from kernels.nsa.triton_check import Case, compare, random_case
 
 SPEC = NsaSpec(block=8, stride=4, select=16, selected=4, initial=1, local=2, window=24)
@@ -73,10 +73,10 @@ def test_a_wrong_gradient_is_named(
     # Gradients of φ's positions are compared with those of its weight, which are larger.
     more = (lambda g: g + 1.0) if name.endswith("position") and change is not poison else change
 
-    def run(*arguments: Any, **options: Any) -> Tensor:
+    def run(_: NsaCall, **options: Any) -> Tensor:
         tensors = list(case.tensors)
         tensors[at] = _Gradient.apply(tensors[at], more)
-        return blocked(*case.arguments(tensors), **options)
+        return blocked(case.call(tensors), **options)
 
     report = compare(case, run)
     (line,) = report.failures()
@@ -87,7 +87,7 @@ def test_a_wrong_gradient_is_named(
 def test_a_wrong_output_is_named_and_so_is_nan(case: Case) -> None:
     out = [f"out [{sum(LENGTHS)}, 4, 8]"]
     for change in (lambda o: o * 1.001, poison):
-        report = compare(case, lambda *a, c=change, **k: _only_forward(blocked(*a, **k), c))
+        report = compare(case, lambda x, c=change, **k: _only_forward(blocked(x, **k), c))
         assert [line.split(":")[0] for line in report.failures()] == out
 
 
@@ -98,8 +98,8 @@ def _only_forward(out: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 def test_a_stolen_selection_is_named_although_its_output_is_right_for_it(case: Case) -> None:
     """The last query takes a less important block instead of the best free one."""
 
-    def run(*arguments: Any, scale: float | None, stats: dict[str, Tensor]) -> Tensor:
-        importance = nsa_naive(*arguments, scale=scale).importance
+    def run(call: NsaCall, *, scale: float | None, stats: dict[str, Tensor]) -> Tensor:
+        importance = nsa_naive(call, scale=scale).importance
         chosen = [select_naive(x, SPEC) for x in importance]
         last = importance[1][-1, 0].clone()
         free = torch.arange(len(last))
@@ -108,7 +108,7 @@ def test_a_stolen_selection_is_named_although_its_output_is_right_for_it(case: C
         assert chosen[1][-1, 0, best] and not chosen[1][-1, 0, worst]
         chosen[1][-1, 0, best], chosen[1][-1, 0, worst] = False, True
         stats["selected_TGK"] = _indices(chosen)
-        return nsa_naive(*arguments, scale=scale, selection=chosen).out_THE.float()
+        return nsa_naive(call, scale=scale, selection=chosen).out_THE.float()
 
     report = compare(case, run)
     (line,) = report.failures()
@@ -124,8 +124,8 @@ def _indices(chosen: list[Tensor]) -> Tensor:
 
 
 def _with_selection(change: Callable[[Tensor], None]) -> Callable[..., Tensor]:
-    def run(*arguments: Any, stats: dict[str, Tensor], **options: Any) -> Tensor:
-        out = blocked(*arguments, stats=stats, **options)
+    def run(call: NsaCall, *, stats: dict[str, Tensor], **options: Any) -> Tensor:
+        out = blocked(call, stats=stats, **options)
         change(stats["selected_TGK"])
         return out
 
@@ -151,7 +151,7 @@ def test_a_block_of_another_document_and_a_wrong_shape_are_refused(case: Case) -
         compare(case, _with_selection(steal))
     for change in (lambda o: o[:1], lambda o: o.double()):
         with pytest.raises(ValueError, match=r"out is torch\.float.* for q of torch\.float32"):
-            compare(case, lambda *a, c=change, **k: c(blocked(*a, **k)))
+            compare(case, lambda x, c=change, **k: c(blocked(x, **k)))
 
 
 def test_shared_and_strided_keys_are_compared_as_they_lie() -> None:
@@ -167,7 +167,7 @@ def test_shared_and_strided_keys_are_compared_as_they_lie() -> None:
         # A shared key's gradient is the sum of the branches': one branch alone is too little.
         tensors = list(case.tensors)
         tensors[3] = _Gradient.apply(tensors[3], torch.zeros_like)
-        lost = failures(case, lambda *_, t=tensors, c=case, **k: blocked(*c.arguments(t), **k))
+        lost = failures(case, lambda _, t=tensors, c=case, **k: blocked(c.call(t), **k))
         assert lost == (["k_cmp", "k_slc", "k_win"] if layout == "shared" else ["k_slc"])
 
 
@@ -214,8 +214,9 @@ def test_bench_checks_the_blocked_path_and_the_oracle_on_a_cpu(
 def test_bench_names_tensor_shape_and_error_and_returns_one(
     in_this_process: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(q: Tensor, *rest: Any, **options: Any) -> Tensor:
-        return blocked(_Gradient.apply(q, lambda g: g * 1.1), *rest, **options)
+    def wrong(call: NsaCall, **options: Any) -> Tensor:
+        q_THD = _Gradient.apply(call.q_THD, lambda g: g * 1.1)
+        return blocked(call._replace(q_THD=q_THD), **options)
 
     monkeypatch.setattr(checks, "blocked", wrong)
     assert main(OPTIONS) == 1

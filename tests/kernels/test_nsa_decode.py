@@ -28,7 +28,7 @@ def test_decoding_equals_the_forward_pass(length):
     found, cache = decode(case)
     assert cache.length == length
     assert not found.requires_grad
-    wanted = nsa_blocked(*case.call)
+    wanted = nsa_blocked(case.call)
     for t in range(length):
         assert relative(found[t], wanted[t]) < 3e-6, f"token {t}"
 
@@ -36,7 +36,7 @@ def test_decoding_equals_the_forward_pass(length):
 @pytest.mark.parametrize("group", [1, 4, 16])
 def test_decoding_equals_the_forward_pass_for_other_groups(group):
     case = random_case([300], SPEC, H=2 * group, G=2, D=8, E=12)
-    assert relative(decode(case)[0], nsa_blocked(*case.call)) < 2e-6
+    assert relative(decode(case)[0], nsa_blocked(case.call)) < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -49,21 +49,21 @@ def test_decoding_equals_the_forward_pass_for_other_groups(group):
 )
 def test_decoding_equals_the_forward_pass_for_other_sizes(spec):
     case = random_case([300], spec, learned=False)
-    assert relative(decode(case)[0], nsa_blocked(*case.call)) < 2e-6
+    assert relative(decode(case)[0], nsa_blocked(case.call)) < 2e-6
 
 
 def test_decoding_breaks_ties_as_the_forward_pass_does():
     case = random_case([600], SPEC)
     with torch.no_grad():
         case.tensors[0].zero_()
-    assert relative(decode(case)[0], nsa_blocked(*case.call)) < 2e-6
+    assert relative(decode(case)[0], nsa_blocked(case.call)) < 2e-6
 
 
 def test_decoding_in_bf16_stays_bf16():
     case = random_case([100], SPEC, dtype=torch.bfloat16)
     found, _ = decode(case)
     assert found.dtype == torch.bfloat16
-    assert relative(found, nsa_blocked(*case.call)) < 0.02
+    assert relative(found, nsa_blocked(case.call)) < 0.02
 
 
 def test_two_tokens_at_once_are_refused():

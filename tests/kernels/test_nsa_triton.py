@@ -55,7 +55,7 @@ def test_dense_reference_equals_the_oracle(mean: bool) -> None:
     case = random_case(
         [1, 20, 75], 4, 2, 8, spec=SMALL, mean=mean, dtype=torch.float64, device="cpu"
     )
-    oracle = nsa_naive(*case.arguments())  # type: ignore[arg-type]
+    oracle = nsa_naive(case.call())
     selection = [select_naive(x, SMALL) for x in oracle.importance]
     out, importance = dense_reference(case, case.tensors, selection)
     do = torch.randn_like(out)
@@ -83,14 +83,14 @@ def test_layout_intervals_never_decrease_and_are_built_once() -> None:
 
 def test_unsupported_calls_are_refused_with_the_reason() -> None:
     case = random_case([64], 6, 2, 8, dtype=torch.float32, device="cpu")
-    reason = supports(*case.arguments())  # type: ignore[arg-type]
+    reason = supports(case.call())
     assert reason is not None
     assert "cpu" in reason
 
 
 def test_benchmark_counts_the_pairs_that_the_oracle_sees() -> None:
     case = random_case([5, 90], 1, 1, 8, spec=SMALL, dtype=torch.float64, device="cpu")
-    oracle = nsa_naive(*case.arguments())  # type: ignore[arg-type]
+    oracle = nsa_naive(case.call())
     seen = [0, 0, 0]
     for n, p, chosen in zip(case.docs.lengths, oracle.p_compressed, oracle.selection, strict=True):
         t = torch.arange(n)

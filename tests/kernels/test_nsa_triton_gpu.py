@@ -32,7 +32,7 @@ def poisoned() -> Iterator[None]:
 
 
 def run(case: Case, tensors: tuple[Tensor, ...] | None = None) -> Tensor:
-    return nsa_attention_triton(*case.arguments(tensors))  # type: ignore[arg-type]
+    return nsa_attention_triton(case.call(tensors))
 
 
 def gradients(case: Case, out: Tensor) -> tuple[Tensor, ...]:
@@ -112,7 +112,7 @@ def test_public_call_compiles_as_one_graph_and_changes_no_bit() -> None:
     case = random_case([200, 300], 8, 2, 64, layout="model")
 
     def call(q: Tensor) -> Tensor:
-        return nsa_attention(q * 1.0, *case.arguments()[1:]) * 2.0  # type: ignore[arg-type]
+        return nsa_attention(q * 1.0, *case.call()[1:]) * 2.0  # type: ignore[arg-type]
 
     plain = call(case.tensors[0])
     compiled = torch.compile(call, fullgraph=True)(case.tensors[0])

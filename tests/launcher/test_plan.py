@@ -37,6 +37,7 @@ from launcher.plan_time import (
     step_seconds,
     within,
 )
+from launcher.word_law import frequencies
 from tests.launcher.tiny import CONFIG, REPOSITORY
 from tiny_onn.modular import TinyOnn
 
@@ -277,7 +278,8 @@ def test_times_add_up_and_follow_the_machine(tiny: RunConfig) -> None:
 
 def test_expected_unique_ids_are_those_of_a_draw(tiny: RunConfig) -> None:
     planned = job(tiny)
-    p = 1.0 / (torch.arange(512) + 3.7)
+    p = torch.from_numpy(frequencies(512))
+    assert p[0] / p[9] == pytest.approx(12.7 / 3.7) and p.sum() == pytest.approx(1)
     draws = [
         len(torch.multinomial(p, 128, replacement=True, generator=g).unique())
         for g in (torch.Generator().manual_seed(s) for s in range(200))
