@@ -1,8 +1,12 @@
-"""What holds for every test: few threads, one cache of compiled operators, and no silent skips."""
+"""What holds for every test: few threads, numbers of its own, and no silent skips.
+
+All share one cache of compiled operators.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SKIPPED] = []
     config.pluginmanager.register(_Skips(config), "skips")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_in_any_order() -> None:
+    """Let no test's random numbers depend on which tests this process ran before."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,7 +31,7 @@ class RankError(RuntimeError):
     """A rank raised, died or hung; the message holds the tracebacks of all that reported one."""
 
 
-def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 300.0) -> list[Any]:
     """Call `fn(mesh, *args)` on `world` fresh processes joined by gloo; return the results by rank.
 
     Raises:
@@ -64,7 +64,7 @@ class Ranks:
         """End the processes."""
         self.close()
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
         """Call `fn(mesh, *args)` on every rank; return the results by rank; see `run_ranks`."""
         payload = pickle.dumps((fn, args, timeout))
         if not self._processes:

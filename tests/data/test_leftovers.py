@@ -125,7 +125,11 @@ def test_the_next_run_removes_what_a_killed_one_left_and_reads_the_same(
     again, same = run_to_its_end(copied)
     assert same == first
     assert still_there(left) == {} == still_there(again)
-    assert time.monotonic() - started < 60
+    behind_a_killed_one = time.monotonic() - started
+    run_to_its_end(copied)
+    behind_an_ended_one = time.monotonic() - started - behind_a_killed_one
+    # However busy the machine is: it does not wait for what will never come.
+    assert behind_a_killed_one < 3 * behind_an_ended_one + 30
 
 
 def test_a_living_run_of_the_same_data_set_is_left_alone(

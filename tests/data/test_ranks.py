@@ -169,7 +169,7 @@ def test_a_bad_shard_is_reported_by_every_rank_and_none_hangs(
 ) -> None:
     shard = copied / "train" / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:-7])
-    messages = two_ranks.run(open_with_a_short_shard, str(copied), timeout=60)
+    messages = two_ranks.run(open_with_a_short_shard, str(copied))
     for message in messages:
         assert re.search(r"train/shard\.00000\.mds is cut short", message)
 
@@ -193,7 +193,7 @@ def lose_a_shard(mesh: Mesh, path: str) -> str:
 def test_a_shard_that_vanishes_is_reported_by_every_rank_and_none_hangs(
     copied: Path, two_ranks: Ranks
 ) -> None:
-    messages = two_ranks.run(lose_a_shard, str(copied), timeout=60)
+    messages = two_ranks.run(lose_a_shard, str(copied))
     for message in messages:
         assert re.search(r"train/shard\.\d+\.mds is missing", message)
 
@@ -210,4 +210,4 @@ def raise_alone(mesh: Mesh) -> None:
 
 def test_what_fails_on_one_rank_fails_on_all(two_ranks: Ranks) -> None:
     with pytest.raises(RankError, match="rank 1: no space left"):
-        two_ranks.run(raise_alone, timeout=60)
+        two_ranks.run(raise_alone)

@@ -80,9 +80,10 @@ def test_any_utf8_comes_back(tokenizer: Tokenizer, data: bytes) -> None:
 @pytest.mark.parametrize("text", ["x", " ", "ab ", "\n", "日", "\u2581"])
 def test_very_long_lines_come_back_in_linear_time(tokenizer: Tokenizer, text: str) -> None:
     long = text * (2 * CHUNK // len(text) + 17)
-    started = time.monotonic()
+    # Its own, not that of others on a busy machine.
+    started = time.process_time()
     assert_lossless(tokenizer, long)
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_cutting_a_long_document_before_a_space_changes_no_id(tokenizer: Tokenizer) -> None:

@@ -63,7 +63,7 @@ def test_rows_on_the_device_are_saved_as_they_were_when_saving_began(
     saved: dict[str, torch.Tensor] = {}
 
     def write(path: Path, source: TensorSource) -> dict[str, int]:
-        assert stepped.wait(10)
+        assert stepped.wait(300)
         saved.update((name, tensor.clone()) for name, tensor in source)
         path.touch()
         return {"size": sum(tensor.nbytes for tensor in saved.values())}

@@ -183,14 +183,14 @@ def test_a_rank_that_hangs_before_it_can_watch_itself_is_ended(
 
 
 def test_a_beat_reaches_the_launcher() -> None:
-    board = BeatBoard(2, limit=30)
+    board = BeatBoard(2, limit=300)
     assert not board.read(1).hung
     code = "from launcher.beats import Beater; import os; b = Beater(); "
     code += "b.write(5.0, 12, False, 'validation batch')"
     run_with(board, 1, code)
     beat = board.read(1)
     assert (beat.step, beat.limit, beat.doing, beat.listens) == (12, 5.0, "validation batch", True)
-    assert 0 <= beat.silent < 30
+    assert 0 <= beat.silent < 300
     assert board.read(0).doing == "start"
     board.close()
 
@@ -243,5 +243,5 @@ def run_with(board: BeatBoard, local: int, code: str) -> None:
         env={"TINY_ONN_BEAT": board.variable(local)},
         pass_fds=board.descriptors(local),
         check=True,
-        timeout=30,
+        timeout=200,
     )

@@ -210,7 +210,7 @@ def test_one_line_per_step_after_kill_9_in_the_middle_of_writing(tmp_path: Path)
         command = [sys.executable, "-c", WRITER, str(tmp_path), str(resume), str(last)]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 200
             while not (tmp_path / "saved").exists() or (
                 int((tmp_path / "saved").read_text()) <= resume
             ):

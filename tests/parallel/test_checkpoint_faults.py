@@ -185,7 +185,7 @@ def test_rank_killed_while_saving_leaves_the_checkpoint_before(
 ) -> None:
     two_ranks.run(_save_three, tmp_path)
     with pytest.raises(RankError, match="ended without a result"):
-        two_ranks.run(_kill_before_marker, tmp_path, victim, timeout=60)
+        two_ranks.run(_kill_before_marker, tmp_path, victim)
     assert steps_of(tmp_path) == [1, 2, 3]
     answers = two_ranks.run(_newest, tmp_path)
     assert [step for step, _ in answers] == [3, 3]
@@ -256,7 +256,7 @@ def test_failure_beside_the_caller_is_told_by_the_next_call(tmp_path: Path) -> N
     store = saved_alone(tmp_path, 1)
     (tmp_path / "step-00000002").touch()
     store.start(2, {"dense": tensors(2)}, {}, {})
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not store.failed and time.monotonic() < deadline:
         time.sleep(0.01)
     with pytest.raises(

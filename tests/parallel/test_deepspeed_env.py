@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 BUILDER = """
 import pathlib, sys, types
 from torch.utils import cpp_extension
@@ -26,7 +24,6 @@ compile_op("Builder", "toy")
 """
 
 
-@pytest.mark.timeout(60)
 def test_a_lock_that_a_killed_compiler_left_does_not_hold_the_next_run(tmp_path: Path) -> None:
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "lock").touch()
@@ -37,6 +34,6 @@ def test_a_lock_that_a_killed_compiler_left_does_not_hold_the_next_run(tmp_path:
         capture_output=True,
         text=True,
         check=False,
-        timeout=50,
+        timeout=300,
     )
     assert done.stdout == "compiled\n", done.stderr

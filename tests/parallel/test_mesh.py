@@ -43,8 +43,8 @@ def _fail_on_rank_1(mesh: Mesh) -> None:
 def test_failure_of_a_rank_is_raised_with_its_traceback_and_without_waiting() -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match=r"(?s)rank 1: Traceback.*_fail_on_rank_1.*is unhappy"):
-        run_ranks(_fail_on_rank_1, 2)
-    assert time.monotonic() - start < 60
+        run_ranks(_fail_on_rank_1, 2, timeout=500)
+    assert time.monotonic() - start < 300
 
 
 def _hang(mesh: Mesh) -> None:

@@ -88,7 +88,7 @@ def test_killed_while_rows_are_written_back_it_ends_as_if_nothing_had_happened(
     for moment in moments:
         victim = context.Process(target=die_at_write, args=(folder, moment))
         victim.start()
-        victim.join(120)
+        victim.join(400)
         assert victim.exitcode == -signal.SIGKILL
         (left,) = (folder / "nvme").iterdir()
         assert left.stat().st_size > 0
