@@ -166,7 +166,7 @@ def test_step_waits_while_a_slow_reader_lets_copies_pile_up(
     # Every row has changed since.
     saved = gathered({name: tensor.clone() for name, tensor in source}, run.rows)
     assert all(torch.equal(saved[name], value) for name, value in before.items())
-    late.join(10)
+    late.join(200)
     assert not late.is_alive()
     source.close()
     table.close()

@@ -66,7 +66,9 @@ def _logits(model: TinyOnn, ids: Tensor, docs: Documents) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_changing_the_future_changes_no_logit_before_it(kind: str) -> None:
-    model = _model(KINDS[kind]).eval()
+    # A matrix product rounds a row by how many others come with it, on some CPUs. In fp64 that is
+    # far below anything that comes from another token.
+    model = _model(KINDS[kind]).eval().double()
     docs = Documents([50, 90])
     ids = torch.randint(0, V, (140,))
     before = _logits(model, ids, docs)
@@ -74,8 +76,8 @@ def test_changing_the_future_changes_no_logit_before_it(kind: str) -> None:
         changed = ids.clone()
         changed[at:] = (changed[at:] + 1) % V
         after = _logits(model, changed, docs)
-        assert torch.equal(after[:at], before[:at])
-        assert not torch.equal(after[at:], before[at:])
+        torch.testing.assert_close(after[:at], before[:at], rtol=0.0, atol=1e-13)
+        assert (after[at:] - before[at:]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
