@@ -139,9 +139,10 @@ def left_behind() -> list[Path]:
     The next start of the same data set removes it; `sweep` removes all of it.
     """
     found: list[Path] = []
-    for _, entry in _dead_claims():
-        if _is_recorded(entry):
-            found += sorted(SHM.glob(f"{entry['prefix']:06}_*"))
+    with start_lock():
+        for _, entry in _dead_claims():
+            if _is_recorded(entry):
+                found += sorted(SHM.glob(f"{entry['prefix']:06}_*"))
     return found
 
 
@@ -151,14 +152,18 @@ def sweep(below: Path | None = None) -> None:
     Args:
         below: only what belongs to data sets in this folder; None removes all.
     """
-    for file, entry in _dead_claims():
-        if below is None or below in Path(entry.get("folder", "/")).parents:
-            _remove_recorded(entry)
-            file.unlink()
+    with start_lock():
+        for file, entry in _dead_claims():
+            if below is None or below in Path(entry.get("folder", "/")).parents:
+                _remove_recorded(entry)
+                file.unlink()
 
 
 def _dead_claims() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the claims of dead runs and what they recorded, each locked while it is looked at."""
+    """Yield the claims of dead runs and what they recorded, each locked while it is looked at.
+
+    Under `start_lock`: a run that starts would take a claim that is looked at for a living one's.
+    """
     for file in sorted(SHM.glob(f"tiny-onn.{os.geteuid()}.*.*")):
         with suppress(FileNotFoundError), file.open("r+b") as f:
             if _locked(f.fileno()):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data import leftovers
 from data.build import build
 from data.leftovers import SHM, left_behind
 from tests.data.conftest import SEQ_LEN, Loaders, recipe
@@ -130,6 +134,35 @@ def test_the_next_run_removes_what_a_killed_one_left_and_reads_the_same(
     behind_an_ended_one = time.monotonic() - started - behind_a_killed_one
     # However busy the machine is: it does not wait for what will never come.
     assert behind_a_killed_one < 3 * behind_an_ended_one + 30
+
+
+def test_a_look_at_what_is_left_takes_no_claim_from_a_run_that_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = leftovers.claim(tmp_path, separate=False)
+    atexit.unregister(dead._give_up)
+    dead._give_up()
+    dead._file.touch()
+    read, looks = leftovers._read, threading.Event()
+    numbers: list[int] = []
+
+    def start() -> None:
+        assert looks.wait(60)
+        with leftovers.start_lock():
+            numbers.append(leftovers.claim(tmp_path, separate=False).number)
+
+    def held_up(fd: int) -> dict[str, Any]:
+        if not looks.is_set() and os.fstat(fd).st_ino == dead._file.stat().st_ino:
+            looks.set()
+            starting.join(0.5)
+        return read(fd)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    monkeypatch.setattr(leftovers, "_read", held_up)
+    left_behind()
+    starting.join()
+    assert numbers == [dead.number]
 
 
 def test_a_living_run_of_the_same_data_set_is_left_alone(
