@@ -373,7 +373,7 @@ def test_a_flipped_bit_is_found_before_a_sample_of_the_shard_is_used(
         loader.next_step()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_two_background_threads_that_fail_end_the_stream(
     corpus: Path, open_loader: Loaders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
