@@ -29,6 +29,7 @@ from launcher import config
 from launcher.components import seed_everything
 from launcher.config import RunConfig
 from launcher.model_stats import derive, recording, scalars
+from launcher.options import variant
 from launcher.pretrain import resolved
 from parallel.schedule import learning_rate_factor
 from parallel.zero_setup import parameter_groups
@@ -217,7 +218,9 @@ def main(argv: Sequence[str]) -> int:
         "off dense 'sharp=--model.ffn.router_temperature 0.3' --seeds 0 1 2 --json routing.json",
     )
     p.add_argument("config", type=Path)
-    p.add_argument("--variants", nargs="+", default=["param_grad", "off", "dense"])
+    named = variant(VARIANTS)
+    default = [named(name) for name in ("param_grad", "off", "dense")]
+    p.add_argument("--variants", nargs="+", type=named, default=default)
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
     p.add_argument("--sequences", type=int, default=64, help="held-out sequences")
     p.add_argument("--every", type=int, default=50, help="steps between records of the layers")
@@ -233,9 +236,7 @@ def main(argv: Sequence[str]) -> int:
     )
     for seed in a.seeds:
         order = torch.randperm(len(steps), generator=torch.Generator().manual_seed(seed))
-        for variant in a.variants:
-            name, _, given = variant.partition("=")
-            extra = given.split() if given else VARIANTS[name]
+        for name, extra in a.variants:
             cfg = resolved(config.load(a.config, [*words, *extra, "--seed", str(seed)]))
             found = train(cfg, [steps[i] for i in order], held_out, a.every)
             results[name].append({"seed": seed, **found})

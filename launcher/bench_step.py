@@ -36,7 +36,7 @@ from launcher.bench_train import VARIANTS
 from launcher.components import accumulation, active_flops
 from launcher.config import RunConfig, load
 from launcher.flops import MFU_FORMULA, mfu
-from launcher.options import whole
+from launcher.options import variant, whole
 from launcher.word_law import frequencies
 from parallel.engine import Engine
 from parallel.group_exchange import GroupExchange
@@ -253,7 +253,9 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "sparse 'all dense' --settings gathered resident",
     )
     p.add_argument("config", type=Path)
-    p.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["sparse", "all dense"])
+    named = variant(VARIANTS)
+    default = [named("sparse"), named("all dense")]
+    p.add_argument("--variants", nargs="+", type=named, default=default)
     p.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS)[:3])
     p.add_argument("--gpus", type=whole(1), default=1, help="ranks (on the CPU, too)")
     p.add_argument("--steps", type=whole(1), default=8, help="steps that count")
@@ -270,10 +272,10 @@ def main(argv: Sequence[str]) -> int:
         return run_in_ranks(a.gpus, "launcher", ["bench", "step", *argv]).returncode
     mesh = init_mesh()
     results: dict[str, dict[str, Any]] = {}
-    for variant in a.variants:
+    for label, extra in a.variants:
         for setting in a.settings:
-            name = f"{variant}, {setting}"
-            cfg = load(a.config, [*overrides, *VARIANTS[variant], *SETTINGS[setting]])
+            name = f"{label}, {setting}"
+            cfg = load(a.config, [*overrides, *extra, *SETTINGS[setting]])
             if not cfg.model.vocab_size:
                 cfg.model.vocab_size = VOCABULARY
             try:

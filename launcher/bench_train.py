@@ -28,7 +28,7 @@ from launcher.components import active_flops
 from launcher.config import RunConfig, flat, load
 from launcher.flops import MFU_FORMULA, mfu, peak_flops
 from launcher.jsonl import read_rows
-from launcher.options import whole
+from launcher.options import variant, whole
 from launcher.ranks import ranks_per_node, visible_gpus
 
 VARIANTS: dict[str, list[str]] = {
@@ -185,7 +185,8 @@ def main(argv: Sequence[str]) -> int:
         "'all dense' --json train.json --train.global_batch 8",
     )
     p.add_argument("config", type=Path)
-    p.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    named = variant(VARIANTS)
+    p.add_argument("--variants", nargs="+", type=named, default=[*map(named, VARIANTS)])
     p.add_argument("--steps", type=whole(1), default=20, help="steps of each run")
     p.add_argument("--skip", type=whole(0), default=5, help="first steps that do not count")
     p.add_argument("--json", type=Path, help="file for all figures")
@@ -198,20 +199,20 @@ def main(argv: Sequence[str]) -> int:
     failed = False
     table = Table("variant", "tokens/s", "ratio", "spread", "mfu", "peak GiB", "loss")
     with tempfile.TemporaryDirectory() as scratch:
-        for variant in a.variants:
-            words = [*overrides, *VARIANTS[variant]]
-            name = variant.replace(" ", "-")
+        for label, extra in a.variants:
+            words = [*overrides, *extra]
+            name = label.replace(" ", "-")
             try:
                 found = measure(a.config, words, a.steps, a.skip, Path(scratch), name, a.trace)
             except RuntimeError as e:
                 print(f"FAILED {e}", file=sys.stderr, flush=True)
-                results[variant], failed = {"error": str(e)}, True
+                results[label], failed = {"error": str(e)}, True
                 continue
-            results[variant] = found
+            results[label] = found
             first = next(r["tokens_per_s"] for r in results.values() if "tokens_per_s" in r)
             mfu = "-" if found["mfu"] is None else f"{found['mfu']:.1%}"
             table.add_row(
-                variant,
+                label,
                 f"{found['tokens_per_s']:,.0f}",
                 f"{found['tokens_per_s'] / first:.2f}",
                 f"{found['spread']:.0%}",
@@ -220,7 +221,7 @@ def main(argv: Sequence[str]) -> int:
                 f"{found['loss']:.3f}",
             )
             shown = {k: v for k, v in found.items() if k not in LONG}
-            print(f"{variant}: {json.dumps(shown)}", flush=True)
+            print(f"{label}: {json.dumps(shown)}", flush=True)
             if a.json is not None:
                 a.json.write_text(json.dumps(results, indent=1))
     Console(width=100).print(table)

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import torch
 
+from kernels.experts.spec import MEASURED, RouteSpec
 from launcher.components import accumulation, shape_of
 from launcher.config import RunConfig
 from launcher.flops import ParameterCounts, Shape, parameter_counts
@@ -216,9 +217,12 @@ class Job:
         ffn = self.cfg.model.ffn
         if ffn.kind == "dense":
             return self.shard
-        most = min(ffn.fired_bounds[1], ffn.experts)
-        explored = math.ceil(self.shard * ffn.explore_share) if ffn.surprise != "off" else 0
-        return self.shard * most + explored + ffn.experts * 15
+        stride = ffn.explore_stride if ffn.surprise != "off" else 0
+        # The scales of the scores do not matter here.
+        route = RouteSpec(
+            1.0, 0.0, *ffn.fired_bounds, stride=stride, sequence=self.cfg.data.seq_len
+        )
+        return route.capacity(self.shard, ffn.experts, MEASURED.align)
 
     @property
     def inner(self) -> int:

@@ -76,8 +76,9 @@ for part in "$@"; do
             --model.ffn.experts 8 --variants 'no deepembed' --settings resident --gpus 2 ;;
     alone) # what the table and the size of a pass cost, nothing else on the machine
         # shellcheck disable=SC2086
-        step 120 0 alone125m $small 16 --train.micro_batch 4 --variants sparse 'no deepembed' \
-            --settings compiled --trace "$out/alone"
+        step 120 0 alone125m $small 16 --train.micro_batch 4 --settings compiled --trace "$out/alone" \
+            --variants sparse 'no deepembed' 'one thread=--model.deepembed.threads 1' \
+            'on the device=--model.deepembed.tier device'
         # shellcheck disable=SC2086
         step 90 0 alone125m-16 $small 16 --train.micro_batch 16 --variants sparse 'no deepembed' \
             --settings compiled ;;
