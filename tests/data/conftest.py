@@ -8,11 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from data.build import build
 from data.config import BuildConfig, DataConfig
 from data.leftovers import sweep
 from data.loader import PackedLoader
+
+# How long an example takes says something of the machine only.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 MODULES = """
     abc bisect calendar colorsys contextlib copy csv dataclasses fnmatch fractions functools getopt

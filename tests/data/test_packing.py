@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.packing import IGNORED, Packer, padding_sample, to_batch, token_dtype
@@ -28,7 +28,6 @@ def pack(documents: list[list[int]], seq_len: int) -> list[dict[str, Any]]:
 DOCUMENTS = st.lists(st.lists(st.integers(4, VOCAB - 1), max_size=40), min_size=1, max_size=12)
 
 
-@settings(deadline=None)
 @given(documents=DOCUMENTS, seq_len=st.integers(1, 17), group=st.integers(1, 4))
 def test_every_token_is_predicted_once_from_its_own_document(
     documents: list[list[int]], seq_len: int, group: int

@@ -65,13 +65,13 @@ def test_awkward_texts_come_back_and_their_bytes_are_counted(
     assert_lossless(tokenizer, text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXT)
 def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert_lossless(tokenizer, text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.binary())
 def test_any_utf8_comes_back(tokenizer: Tokenizer, data: bytes) -> None:
     assert_lossless(tokenizer, data.decode(errors="replace"))
