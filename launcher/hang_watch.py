@@ -139,9 +139,10 @@ def _holding(pid: int) -> set[Path]:
     for thread in Path(f"/proc/{pid}/task").glob("*"):
         # A thread may end while one looks.
         with suppress(OSError):
-            fields = dict(
-                line.split(":\t", 1) for line in (thread / "status").read_text().splitlines()
-            )
-            if any(int(fields[key], 16) & bit for key in ("SigPnd", "ShdPnd", "SigBlk")):
+            lines = (thread / "status").read_text().splitlines()
+            # Not every sandbox's kernel tells them.
+            fields = {key: value for key, _, value in (line.partition(":") for line in lines)}
+            masks = [int(fields.get(key, "0"), 16) for key in ("SigPnd", "ShdPnd", "SigBlk")]
+            if any(mask & bit for mask in masks):
                 holding.add(thread)
     return holding
