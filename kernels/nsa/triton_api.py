@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.nsa.spec import NsaCall, NsaSpec
 from kernels.nsa.triton_config import INTERPRETED, kernel_configs
 from kernels.nsa.triton_layout import packed_layout
-from kernels.nsa.triton_ops import SPEC_FIELDS, list_tokens, nsa
+from kernels.nsa.triton_ops import OpInputs, list_tokens, nsa
 
 
 def _is_pow2(n: int) -> bool:
@@ -86,22 +86,15 @@ def nsa_attention_triton(
     reason = None if supported else supports(call, first)
     if reason is not None:
         raise ValueError(f"the Triton kernels do not support this call: {reason}")
-    call, spec = call.with_queries_in_front(first), call.spec
-    layout = packed_layout(call.docs, spec)
+    call = call.with_queries_in_front(first)
     scale = call.q_THD.shape[-1] ** -0.5 if scale is None else scale
-    q, *kv = (x if x.stride(-1) == 1 else x.contiguous() for x in call[:7])
-    wk, pk = (None, None) if call.phi_k is None else call.phi_k
-    wv, pv = (None, None) if call.phi_v is None else call.phi_v
-    result = nsa(
-        q.contiguous(), *kv, wk, pk, wv, pv, call.gates_TH3.contiguous(),
-        [layout.tokens, layout.window, layout.slots, layout.blocks],
-        [layout.n_blocks, layout.n_slots, layout.longest_blocks, layout.extra_blocks],
-        [getattr(spec, name) for name in SPEC_FIELDS], scale,
-    )  # fmt: skip
+    result = nsa(*OpInputs.of(call, scale))
     if stats is not None:
         selected = result[8].detach()[first:]
         stats["selected_TGK"] = selected
-        stats["selected_distance"] = selected_distance(selected, layout.tokens, spec, first)
+        stats["selected_distance"] = selected_distance(
+            selected, packed_layout(call.docs, call.spec).tokens, call.spec, first
+        )
     return result[0][first:] if first else result[0]
 
 

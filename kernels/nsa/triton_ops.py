@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.nsa.spec import NsaSpec
+from kernels.nsa.spec import NsaCall, NsaSpec
 from kernels.nsa.triton_compress import compress, compress_backward
 from kernels.nsa.triton_config import KernelConfigs, kernel_configs
 from kernels.nsa.triton_delta import branch_deltas
@@ -22,7 +22,7 @@ from kernels.nsa.triton_finish import finish_forward
 from kernels.nsa.triton_interval import interval_forward
 from kernels.nsa.triton_interval_grad_kv import interval_grad_kv
 from kernels.nsa.triton_interval_grad_q import interval_grad_q
-from kernels.nsa.triton_layout import PackedLayout
+from kernels.nsa.triton_layout import PackedLayout, packed_layout
 from kernels.nsa.triton_select import BlockLists, block_lists, select_blocks
 from kernels.nsa.triton_selected_grad import SelectedGrad
 
@@ -54,6 +54,21 @@ class OpInputs(NamedTuple):
     layout_counts: list[int]
     sizes: list[int]
     scale: float
+
+    @classmethod
+    def of(cls, call: NsaCall, scale: float) -> OpInputs:
+        """Flatten a call with a query for every token; what does not lie as it must is copied."""
+        layout = packed_layout(call.docs, call.spec)
+        kc, vc, ks, vs, kw, vw = (x if x.stride(-1) == 1 else x.contiguous() for x in call[1:7])
+        wk, pk = (None, None) if call.phi_k is None else call.phi_k
+        wv, pv = (None, None) if call.phi_v is None else call.phi_v
+        return cls(
+            call.q_THD.contiguous(), kc, vc, ks, vs, kw, vw, wk, pk, wv, pv,
+            call.gates_TH3.contiguous(),
+            [layout.tokens, layout.window, layout.slots, layout.blocks],
+            [layout.n_blocks, layout.n_slots, layout.longest_blocks, layout.extra_blocks],
+            [getattr(call.spec, name) for name in SPEC_FIELDS], scale,
+        )  # fmt: skip
 
     def layout(self) -> PackedLayout:
         """How the documents lie."""
@@ -184,8 +199,9 @@ nsa_backward = torch.library.custom_op(
 
 @nsa_backward.register_fake
 def _(do: Tensor, saved: list[Tensor], *inputs: Any) -> list[Tensor]:
-    given = (*inputs[:7], inputs[11], *inputs[7:11])
-    return [x.new_empty(x.shape) for x in given if x is not None]
+    x = OpInputs(*inputs)
+    given = (*x[:7], x.gates, *x[7:11])
+    return [g.new_empty(g.shape) for g in given if g is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_map_only
 from kernels.nsa import NsaCache, nsa_attention, nsa_decode, triton_api
 from kernels.nsa.spec import NsaSpec
 from kernels.nsa.triton_api import nsa_attention_triton
-from kernels.nsa.triton_check import Case, compare, random_case
+from kernels.nsa.triton_check import compare, random_case
 from kernels.nsa.triton_layout import packed_layout
-from kernels.nsa.triton_ops import SPEC_FIELDS, NsaFunction, nsa_backward, nsa_forward
+from kernels.nsa.triton_ops import NsaFunction, OpInputs, nsa_backward, nsa_forward
 
 SMALL = NsaSpec(block=8, stride=4, select=16, selected=4, initial=1, local=2, window=24)
 
@@ -66,23 +66,12 @@ def strided() -> list[str]:
     ]
 
 
-def arguments_of(case: Case) -> tuple[Any, ...]:
-    """What `nsa_forward` takes for this case."""
-    layout, maps = packed_layout(case.docs, case.spec), case.tensors[8:] or (None,) * 4
-    return (
-        *case.tensors[:7], *maps, case.tensors[7],
-        [layout.tokens, layout.window, layout.slots, layout.blocks],
-        [layout.n_blocks, layout.n_slots, layout.longest_blocks, layout.extra_blocks],
-        [getattr(case.spec, name) for name in SPEC_FIELDS], 0.25,
-    )  # fmt: skip
-
-
 def operator() -> list[str]:
     """Compare eager calls with the custom operator that torch.compile sees, bit for bit."""
     case = random_case([3, 36], 2, 1, 16, spec=SMALL, dtype=torch.float32, device="cpu")
     results = []
     for call in (NsaFunction.apply, nsa_forward):
-        out = call(*arguments_of(case))[0]
+        out = call(*OpInputs.of(case.call(), 0.25))[0]
         results.append([out, *torch.autograd.grad(out, case.tensors, torch.ones_like(out))])
     names = ("out", *case.names)
     return [n for n, a, b in zip(names, *results, strict=True) if not torch.equal(a, b)]
@@ -112,7 +101,7 @@ def described(results: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
 def fakes(tokens: int, chunks: int, **kwargs: Any) -> list[str]:
     """Compare what the operators' fakes promise with what the kernels give."""
     case = random_case([3, tokens], 2, 1, spec=SMALL, dtype=torch.float32, device="cpu", **kwargs)
-    real = arguments_of(case)
+    real = tuple(OpInputs.of(case.call(), 0.25))
     with torch.no_grad():
         result = nsa_forward(*real)
         grads = nsa_backward(torch.ones_like(result[0]), result[1:], *real)

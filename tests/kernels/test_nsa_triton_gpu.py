@@ -17,8 +17,7 @@ from kernels.nsa import nsa_attention, triton_config
 from kernels.nsa.checks import CHECKS, blocked, case_of
 from kernels.nsa.triton_api import nsa_attention_triton
 from kernels.nsa.triton_check import Case, compare, random_case
-from kernels.nsa.triton_layout import packed_layout
-from kernels.nsa.triton_ops import SPEC_FIELDS, nsa_forward
+from kernels.nsa.triton_ops import OpInputs, nsa_forward
 
 pytestmark = pytest.mark.gpu
 
@@ -91,15 +90,10 @@ def test_checkpointing_changes_no_bit() -> None:
 
 def test_compiled_call_is_one_graph_and_changes_no_bit() -> None:
     case = random_case([500], 8, 2, 64)
-    layout = packed_layout(case.docs, case.spec)
-    sizes = [getattr(case.spec, name) for name in SPEC_FIELDS]
-    counts = [layout.n_blocks, layout.n_slots, layout.longest_blocks, layout.extra_blocks]
-    q, *kv = case.tensors[:7]
-    gates, maps = case.tensors[7], case.tensors[8:]
+    q, *others = OpInputs.of(case.call(), 0.125)
 
     def call(q: Tensor) -> Tensor:
-        tensors = [layout.tokens, layout.window, layout.slots, layout.blocks]
-        return nsa_forward(q * 1.0, *kv, *maps, gates, tensors, counts, sizes, 0.125)[0] * 2.0
+        return nsa_forward(q * 1.0, *others)[0] * 2.0
 
     plain = call(q)
     compiled = torch.compile(call, fullgraph=True)(q)
@@ -123,13 +117,7 @@ def test_public_call_compiles_as_one_graph_and_changes_no_bit() -> None:
 
 def test_operator_is_registered_consistently() -> None:
     case = random_case([300], 4, 2, 64)
-    layout = packed_layout(case.docs, case.spec)
-    arguments = (
-        *case.tensors[:7], *case.tensors[8:], case.tensors[7],
-        [layout.tokens, layout.window, layout.slots, layout.blocks],
-        [layout.n_blocks, layout.n_slots, layout.longest_blocks, layout.extra_blocks],
-        [getattr(case.spec, name) for name in SPEC_FIELDS], 0.125,
-    )  # fmt: skip
+    arguments = tuple(OpInputs.of(case.call(), 0.125))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(nsa_forward, arguments, test_utils=checks)
 
