@@ -139,10 +139,9 @@ def left_behind() -> list[Path]:
     The next start of the same data set removes it; `sweep` removes all of it.
     """
     found: list[Path] = []
-    with start_lock():
-        for _, entry in _dead_claims():
-            if _is_recorded(entry):
-                found += sorted(SHM.glob(f"{entry['prefix']:06}_*"))
+    for _, entry in _dead_claims():
+        if _is_recorded(entry):
+            found += sorted(SHM.glob(f"{entry['prefix']:06}_*"))
     return found
 
 
@@ -152,22 +151,20 @@ def sweep(below: Path | None = None) -> None:
     Args:
         below: only what belongs to data sets in this folder; None removes all.
     """
-    with start_lock():
-        for file, entry in _dead_claims():
-            if below is None or below in Path(entry.get("folder", "/")).parents:
-                _remove_recorded(entry)
-                file.unlink()
+    for file, entry in _dead_claims():
+        if below is None or below in Path(entry.get("folder", "/")).parents:
+            _remove_recorded(entry)
+            file.unlink()
 
 
 def _dead_claims() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the claims of dead runs and what they recorded, each locked while it is looked at.
-
-    Under `start_lock`: a run that starts would take a claim that is looked at for a living one's.
-    """
-    for file in sorted(SHM.glob(f"tiny-onn.{os.geteuid()}.*.*")):
-        with suppress(FileNotFoundError), file.open("r+b") as f:
-            if _locked(f.fileno()):
-                yield file, _read(f.fileno())
+    """Yield the claims of dead runs and what they recorded, each locked while it is looked at."""
+    # A run that starts would take a claim that is looked at for a living one's.
+    with start_lock():
+        for file in sorted(SHM.glob(f"tiny-onn.{os.geteuid()}.*.*")):
+            with suppress(FileNotFoundError), file.open("r+b") as f:
+                if _locked(f.fileno()):
+                    yield file, _read(f.fileno())
 
 
 def _locked(fd: int) -> bool:

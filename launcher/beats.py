@@ -70,7 +70,7 @@ class BeatBoard:
         self._stacks = [os.memfd_create(f"stacks{i}", 0) for i in range(ranks)]
         now = time.monotonic()
         for i in range(ranks):
-            BEAT.pack_into(self._memory, i * SLOT_SIZE + 8, now, limit, -1, 0, 0, b"start")
+            BEAT.pack_into(self._memory, _place(i * SLOT_SIZE, 0), now, limit, -1, 0, 0, b"start")
 
     def descriptors(self, local: int) -> tuple[int, int]:
         """Return what the process of a rank has to inherit."""
@@ -83,9 +83,9 @@ class BeatBoard:
     def read(self, local: int) -> Beat:
         """Return what a rank said last."""
         slot, count = local * SLOT_SIZE, -1
-        # Read while the one behind the next was begun, it may be of two beats.
+        # Again if one ended meanwhile: the next one goes where this one was read.
         while count != (count := self._memory[slot]):
-            place = slot + 8 + count % 2 * BEAT.size
+            place = _place(slot, count)
             at, limit, step, paused, listens, doing = BEAT.unpack_from(self._memory, place)
         text = doing.rstrip(b"\0").decode(errors="replace")
         return Beat(at, limit, step, bool(paused), bool(listens), text)
@@ -124,6 +124,11 @@ class Beater:
             at = time.monotonic()
             text = doing.encode()[:64]
             count = self._memory[self._slot] + 1
-            place = self._slot + 8 + count % 2 * BEAT.size
+            place = _place(self._slot, count)
             BEAT.pack_into(self._memory, place, at, limit, step, int(paused), 1, text)
             self._memory[self._slot] = count % 256
+
+
+def _place(slot: int, count: int) -> int:
+    """Return where in the memory the beat of this count goes, in the slot that begins at `slot`."""
+    return slot + 8 + count % 2 * BEAT.size
