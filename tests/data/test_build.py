@@ -21,6 +21,7 @@ from data.index import DataError, Index, check_hashes, read_index
 from data.report import inspect, table, verify
 from data.tokenizer import Tokenizer
 from tests.data.conftest import SEQ_LEN, VOCAB, Loaders, recipe
+from tests.processes import ended
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -264,20 +265,12 @@ def test_a_killed_build_looks_unfinished_leaves_no_process_and_is_cleared_away(
     assert not out.exists()
     assert len(list(tmp_path.glob(".out.build-*"))) == 1
     deadline = time.monotonic() + 120
-    while not all(map(_ended, workers)):
+    while not all(map(ended, workers)):
         assert time.monotonic() < deadline, "tokenizer processes outlive the build"
         time.sleep(0.05)
     build(recipe(texts), out, SEQ_LEN)
     assert list(tmp_path.glob(".out.build-*")) == []
     assert read_index(out).splits == read_index(corpus).splits
-
-
-def _ended(process: psutil.Process) -> bool:
-    # Whose parent has gone may stay a zombie: not every container has an init that takes it.
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def test_two_builds_of_the_same_folder_at_once_both_end_well(texts: Path, tmp_path: Path) -> None:

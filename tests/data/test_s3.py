@@ -23,6 +23,7 @@ from data.index import DataError, StoreAwayError, read_index
 from data.report import inspect, verify
 from data.stored import fetch, open_corpus
 from tests.data.conftest import Loaders, data_config
+from tests.ports import closed_port
 
 BUCKET = "corpora"
 
@@ -54,7 +55,7 @@ class Flaky:
     `close` and `fill` cut it below HTTP, until `open`: connections are refused, or never made.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, port: int) -> None:
         flaky = self
         self.mode = ""
         self.bad = 0
@@ -92,11 +93,7 @@ class Flaky:
             def log_message(self, format: str, *args: object) -> None:
                 return
 
-        # Bound all the time, it keeps the port while no server has it.
-        self.kept = socket.socket()
-        self.kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.kept.bind(("127.0.0.1", 0))
-        self.handler, self.port = Handler, int(self.kept.getsockname()[1])
+        self.handler, self.port = Handler, port
         self.open()
         self.endpoint = f"http://127.0.0.1:{self.port}"
 
@@ -127,13 +124,15 @@ class Flaky:
 
 @pytest.fixture
 def flaky(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
-    flaky = Flaky(os.environ["S3_ENDPOINT_URL"])
-    monkeypatch.setenv("S3_ENDPOINT_URL", flaky.endpoint)
-    monkeypatch.setattr(patient, "FIRST_PAUSE", 0.2)
-    yield flaky
-    flaky.close()
-    for s in (*flaky.held, flaky.kept):
-        s.close()
+    # The port is kept while no server has it.
+    with closed_port() as port:
+        flaky = Flaky(os.environ["S3_ENDPOINT_URL"], port)
+        monkeypatch.setenv("S3_ENDPOINT_URL", flaky.endpoint)
+        monkeypatch.setattr(patient, "FIRST_PAUSE", 0.2)
+        yield flaky
+        flaky.close()
+        for s in flaky.held:
+            s.close()
 
 
 @pytest.mark.parametrize("mode", ["errors", "away"])

@@ -19,6 +19,7 @@ from tests.launcher.tiny import (
     tiny_onn,
     until_line,
 )
+from tests.processes import ended
 
 # Two sequences in a pass: which ones depends on the number of ranks, and nothing else does.
 OPTIONS = ("--train.stats_every", "6")
@@ -94,7 +95,7 @@ def test_a_killed_rank_ends_those_that_wait_for_it_with_one_message(
     assert time.monotonic() - start < 60
     assert code == 1 and output.count(f"rank {rank} was killed by SIGKILL") == 1, output
     assert "Traceback" not in output.split(f"rank {rank} was killed")[0], output
-    assert not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks)
+    assert all(map(ended, ranks))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from launcher.lifecycle import LaunchConfig, RunError, RunFolder
 from launcher.ranks import Rendezvous, launch, usable_cores, visible_gpus
+from tests.processes import ended
 
 PATIENCE = 60.0
 """Seconds for what takes a fraction of one: the machine may be busy. What sleeps sleeps longer."""
@@ -84,14 +85,6 @@ def until_logged(folder: RunFolder, word: str, ranks: int = 2) -> None:
 
 def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
-
-
-def ended(process: psutil.Process) -> bool:
-    # Whose parent has gone may stay a zombie: not every container has an init that takes it.
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def gone(processes: list[psutil.Process]) -> bool:
